@@ -1,0 +1,1 @@
+"""Protocol buffers of Stretto, sources and generated code side by side."""

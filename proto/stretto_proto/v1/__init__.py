@@ -1,0 +1,1 @@
+"""stretto.v1: the wire protocol."""
