@@ -1,0 +1,63 @@
+"""`stretto controller`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stretto_controller.settings import read_settings
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `stretto`."""
+    app.command("controller")(controller)
+
+
+def controller(
+    grpc_port: Annotated[int | None, typer.Option(help="For agents and workers; 0: any free port. [29400]")] = None,
+    http_port: Annotated[int | None, typer.Option(help="For page and metrics; 0: any free port. [8080]")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to serve on. [127.0.0.1]")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Where state is kept. [.stretto/controller]")] = None,
+    store: Annotated[str | None, typer.Option(help="sqlite or etcd. [sqlite]")] = None,
+    insecure: Annotated[
+        bool | None, typer.Option("--insecure", help="Serve other machines without TLS and credentials.")
+    ] = None,
+    ready_file: Annotated[Path | None, typer.Option(help="Written once serving: addresses and pid, JSON.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings file, TOML.", envvar="STRETTO_CONFIG")] = None,
+) -> None:
+    """Run the controller: decides who is a member of which job, and keeps its word after a crash.
+
+    Every setting can also come from the environment (STRETTO_HTTP_PORT) or from the settings file.
+    """
+    flags = {
+        "grpc_port": grpc_port,
+        "http_port": http_port,
+        "host": host,
+        "data_dir": data_dir,
+        "store": store,
+        "insecure": insecure,
+        "ready_file": ready_file,
+    }
+    try:
+        settings = read_settings(flags, os.environ, config)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        # Late: `stretto --help` and this command's own help must not wait for gRPC and FastAPI.
+        from stretto_controller.serve import serve
+        from stretto_controller.store.contents import StoreError
+    except ModuleNotFoundError as error:
+        typer.echo(f"stretto controller needs {error.name}: pip install 'stretto[controller]'", err=True)
+        raise typer.Exit(1) from error
+    try:
+        code = asyncio.run(serve(settings))
+    except (StoreError, OSError) as error:
+        typer.echo(f"stretto controller: {error}", err=True)
+        raise typer.Exit(1) from error
+    raise typer.Exit(code)

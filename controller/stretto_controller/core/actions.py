@@ -1,0 +1,186 @@
+"""What a decision asks the runner to do, in this order, after the record is saved. Every action may be repeated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stretto_controller.core.model import Cause, Generation, JobState
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """Answer a node's Ready: it is a member of `generation`."""
+
+    node_id: str
+    request_id: int
+    generation: Generation
+    at_fault: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StartWorkers:
+    """Answer a node's Ready in in-process mode: start the workers; they ask for their places themselves."""
+
+    node_id: str
+    request_id: int
+    at_fault: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StopWorkers:
+    """force: with SIGKILL, since they no longer answer."""
+
+    node_id: str
+    generation: int
+    reason: str
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AssignWorker:
+    """Answer a live worker's request: its rank in `generation` (in-process mode)."""
+
+    session_id: str
+    request_id: int
+    generation: Generation
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class CutGeneration:
+    """The generation is broken: drop what is in flight, answer at once, and ask for the next one."""
+
+    session_id: str
+    generation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SaveAndExit:
+    """The job gives up: write a checkpoint if the state is whole, then exit."""
+
+    session_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dismiss:
+    """End this node's agent: with exit code 0 if `success`."""
+
+    node_id: str
+    success: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FinishGeneration:
+    """Every member's workers ended well: release this node's agent."""
+
+    node_id: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class WelcomeWorker:
+    session_id: str
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class AskToLeave:
+    """Ask the worker on this stream to leave after an agreed step. save: and to write a checkpoint of it."""
+
+    session_id: str
+    generation: int
+    reason: str
+    save: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FenceWorker:
+    session_id: str
+    generation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CloseSession:
+    """A newer stream of the same node has replaced this one."""
+
+    session_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class LogEvent:
+    """A line of the job's story, kept and shown. kind: a short, stable word such as `node_joined`."""
+
+    kind: str
+    reason: str
+    node_id: str = ""
+    generation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BeginGeneration:
+    """A new generation was assigned: for history and metrics."""
+
+    generation: Generation
+    cause: Cause
+
+
+@dataclass(frozen=True, slots=True)
+class FirstStep:
+    """A generation has committed its first step. pause_s: since the workers of the last one began to stop."""
+
+    generation: int
+    cause: Cause
+    pause_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EndGeneration:
+    """For history: the generation's last figures."""
+
+    generation: Generation
+    steps: int
+    mean_gain: float
+    effective_lr: float
+    first_tau: float
+    last_tau: float
+    pause_s: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Remove the job from the store."""
+
+
+Action = (
+    Assign
+    | StartWorkers
+    | StopWorkers
+    | AssignWorker
+    | CutGeneration
+    | SaveAndExit
+    | Dismiss
+    | FinishGeneration
+    | WelcomeWorker
+    | AskToLeave
+    | FenceWorker
+    | CloseSession
+    | LogEvent
+    | BeginGeneration
+    | FirstStep
+    | EndGeneration
+    | Forget
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The new state, what to do, and why, in words."""
+
+    state: JobState
+    actions: tuple[Action, ...] = ()
+    reason: str = ""

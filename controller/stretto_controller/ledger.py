@@ -1,0 +1,181 @@
+"""One job as the runner keeps it: the state decided, what of it is saved and may be shown, and what waits between."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from stretto_controller.core.actions import (
+    Action,
+    BeginGeneration,
+    Decision,
+    EndGeneration,
+    FirstStep,
+    LogEvent,
+)
+from stretto_controller.core.model import JobState
+from stretto_controller.figures import Figures
+from stretto_controller.settings import ServiceLimits
+from stretto_controller.snapshot import JobView
+from stretto_controller.store.contents import GenerationSummary, Marks, StoredEvent, StoredJob
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """now_s: monotonic seconds; wall_s: for display only."""
+
+    now_s: float
+    wall_s: float
+
+
+@dataclass(slots=True)
+class Release:
+    """A decision on its way out. saved None: nothing of it needs a save, but earlier ones may."""
+
+    state: JobState
+    marks: Marks
+    actions: tuple[Action, ...]
+    reason: str
+    events: tuple[StoredEvent, ...] = ()
+    generations: tuple[GenerationSummary, ...] = ()
+    saved: asyncio.Future[None] | None = None
+
+
+class Job:
+    """What belongs to one job's name, from its first event until it is forgotten."""
+
+    def __init__(self, name: str, service: ServiceLimits) -> None:
+        self.name = name
+        # As decided; None before the first decision and once forgotten.
+        self.state: JobState | None = None
+        self.releases: deque[Release] = deque()
+        self.figures = Figures(service.rate_window_s)
+        # Set at the next news, and then replaced by a fresh one.
+        self.news = asyncio.Event()
+        self.logged_reason = ""
+        self.ticked_s = 0.0
+        self._service = service
+        self._shown: JobState | None = None
+        self._shown_marks = Marks()
+        self._events: deque[StoredEvent] = deque(maxlen=service.kept_events)
+        self._generations: dict[tuple[int, int], GenerationSummary] = {}
+        self._marks = Marks()
+        self._current: GenerationSummary | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def load(self, stored: StoredJob) -> None:
+        """Go on from what was saved."""
+        self.state = self._shown = JobState(stored.record)
+        self._marks = self._shown_marks = stored.marks
+        self.logged_reason = stored.record.reason
+        self._events.extend(stored.events)
+        self._generations = {summary.key: summary for summary in stored.generations}
+        if stored.generations and not stored.generations[-1].ended_s:
+            self._current = stored.generations[-1]
+
+    def note(self, decision: Decision, at: Moment, last_sequence: int) -> Release:
+        """Measure the decision, put wall-clock times and sequence numbers on its story, and make it the state."""
+        previous, state = self.state, decision.state
+        record = state.record
+        if previous is not None and previous.record.incarnation != record.incarnation:
+            self.figures = Figures(self._service.rate_window_s)
+            self._marks, self._current = Marks(), None
+        checkpoint = record.checkpoint
+        if checkpoint is not None and (previous is None or checkpoint is not previous.record.checkpoint):
+            self.figures.note_checkpoint(checkpoint)
+            self._marks = replace(self._marks, checkpoint_s=at.wall_s)
+        if record.phase.finished and not self._marks.finished_s:
+            self._marks = replace(self._marks, finished_s=at.wall_s)
+        progress = state.live.progress
+        if progress is not None and (previous is None or progress is not previous.live.progress):
+            self.figures.note_progress(progress, at.now_s)
+        release = Release(
+            state,
+            self._marks,
+            decision.actions,
+            decision.reason,
+            tuple(self._story(decision, at.wall_s, last_sequence)),
+            tuple(self._history(decision, at.wall_s)),
+        )
+        self.state = state
+        return release
+
+    def show(self, release: Release) -> None:
+        """From now on the release may be seen."""
+        self._shown = release.state
+        self._shown_marks = release.marks
+        self._events.extend(release.events)
+        for summary in release.generations:
+            self._generations[summary.key] = summary
+        while len(self._generations) > self._service.kept_generations:
+            del self._generations[next(iter(self._generations))]
+        if release.events or release.generations or self.state is None:
+            self.news.set()
+            self.news = asyncio.Event()
+
+    def view(self, now_s: float) -> JobView | None:
+        """What may be seen; None until the first decision is saved."""
+        if self._shown is None:
+            return None
+        return JobView(
+            self._shown,
+            self._shown_marks,
+            self.figures,
+            now_s,
+            tuple(self._events),
+            tuple(self._generations.values()),
+        )
+
+    def plan_wake_up(self, wait_s: float | None, wake: Callable[[Job], None]) -> None:
+        """Call `wake` after wait_s seconds instead of at the time planned before; None: never."""
+        self.cancel_wake_up()
+        if wait_s is not None:
+            self._timer = asyncio.get_running_loop().call_later(wait_s, wake, self)
+
+    def cancel_wake_up(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _story(self, decision: Decision, wall_s: float, last_sequence: int) -> Iterator[StoredEvent]:
+        lines = (action for action in decision.actions if isinstance(action, LogEvent))
+        for sequence, line in enumerate(lines, start=last_sequence + 1):
+            yield StoredEvent(sequence, wall_s, line.kind, line.reason, line.node_id, line.generation)
+
+    def _history(self, decision: Decision, wall_s: float) -> Iterator[GenerationSummary]:
+        for action in decision.actions:
+            if isinstance(action, BeginGeneration):
+                self.figures.note_generation(action.cause)
+                incarnation = decision.state.record.incarnation
+                self._current = GenerationSummary(incarnation, action.generation, action.cause, started_s=wall_s)
+                yield self._current
+            elif isinstance(action, FirstStep):
+                self.figures.note_first_step(action.cause, action.pause_s)
+                self._current = replace(self._known(action.generation), pause_s=action.pause_s)
+                yield self._current
+            elif isinstance(action, EndGeneration):
+                ended = _ended(self._known(action.generation.number), action, wall_s)
+                self._current = None
+                yield ended
+
+    def _known(self, number: int) -> GenerationSummary:
+        assert self._current is not None, f"generation {number} went on, and none had begun"
+        assert self._current.generation.number == number, f"generation {number} went on, another had begun"
+        return self._current
+
+
+def _ended(begun: GenerationSummary, action: EndGeneration, wall_s: float) -> GenerationSummary:
+    return replace(
+        begun,
+        generation=action.generation,
+        steps=action.steps,
+        mean_gain=action.mean_gain,
+        effective_lr=action.effective_lr,
+        first_tau=action.first_tau,
+        last_tau=action.last_tau,
+        pause_s=action.pause_s,
+        ended_s=wall_s,
+        end_reason=action.reason,
+    )

@@ -1,0 +1,204 @@
+"""Every metric: the table of names, and the collector that reads the runner when Prometheus asks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from stretto_controller.core.model import Cause, NodeState, Phase
+from stretto_controller.core.report import Histogram, Progress
+from stretto_controller.runner import Runner
+from stretto_controller.snapshot import JobView
+
+GAUGE, COUNTER, HISTOGRAM = "gauge", "counter", "histogram"
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One metric. unit: of its value; labels: beside training_job, which all but the controller's own have."""
+
+    name: str
+    kind: str
+    unit: str
+    help: str
+    labels: tuple[str, ...] = ()
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        # Not `job`: Prometheus overwrites that label with its own scrape job.
+        return self.labels if self.name.startswith("stretto_controller_") else ("training_job", *self.labels)
+
+    def empty(self) -> Metric:
+        text = f"{self.help} Unit: {self.unit}."
+        if self.kind == COUNTER:
+            return CounterMetricFamily(self.name, text, labels=self.label_names)
+        if self.kind == HISTOGRAM:
+            return HistogramMetricFamily(self.name, text, labels=self.label_names)
+        return GaugeMetricFamily(self.name, text, labels=self.label_names)
+
+
+FAMILIES = (
+    Family("stretto_gain_ratio", GAUGE, "ratio", "AdaScale's gain r of the latest step, between 1 and S."),
+    Family("stretto_tau_iterations", GAUGE, "iterations", "Scale-invariant iterations done so far."),
+    Family("stretto_target_tau_iterations", GAUGE, "iterations", "Training ends when tau reaches this."),
+    Family("stretto_effective_learning_rate", GAUGE, "1", "Learning rate in use: gain times base.", ("group",)),
+    Family("stretto_base_learning_rate", GAUGE, "1", "Learning rate of the user's schedule at tau.", ("group",)),
+    Family("stretto_scale_ratio", GAUGE, "ratio", "Scale S: samples per step over the base batch size."),
+    Family("stretto_gradient_variance", GAUGE, "1", "Trace of the gradient's covariance at the base batch size."),
+    Family("stretto_gradient_sqr_norm", GAUGE, "1", "Squared norm of the true gradient, as estimated."),
+    Family("stretto_progress_rate", GAUGE, "iterations per second", "d(tau)/dt over the latest seconds."),
+    Family("stretto_remaining_seconds", GAUGE, "seconds", "Until tau reaches its target at the present rate."),
+    Family("stretto_loss", GAUGE, "1", "Loss of the latest step."),
+    Family("stretto_steps_total", COUNTER, "steps", "Optimizer steps done; steps done again count again."),
+    Family("stretto_samples_total", COUNTER, "samples", "Samples used; samples used again count again."),
+    Family("stretto_step_seconds", HISTOGRAM, "seconds", "Duration of a step, as worker 0 measures it."),
+    Family("stretto_nodes", GAUGE, "nodes", "Nodes of the job by state.", ("state",)),
+    Family("stretto_world_size", GAUGE, "workers", "Workers of the current generation."),
+    Family("stretto_phase", GAUGE, "0 or 1", "1 for the phase that the job is in.", ("phase",)),
+    Family("stretto_desired_nodes", GAUGE, "nodes", "Nodes that the job should have."),
+    Family("stretto_min_nodes", GAUGE, "nodes", "Fewer nodes than this do not train."),
+    Family("stretto_max_nodes", GAUGE, "nodes", "More nodes than this wait as spares."),
+    Family("stretto_recommended_nodes", GAUGE, "nodes", "Nodes that the goodput policy recommends."),
+    Family(
+        "stretto_predicted_progress_rate",
+        GAUGE,
+        "iterations per second",
+        "d(tau)/dt that the goodput policy predicts for a number of nodes.",
+        ("nodes",),
+    ),
+    Family("stretto_straggler_ratio", GAUGE, "ratio", "Longest time at an own part of a step over the median step."),
+    Family("stretto_generation", GAUGE, "1", "Number of the current generation."),
+    Family("stretto_generation_changes_total", COUNTER, "changes", "Generations begun, by cause.", ("reason",)),
+    Family(
+        "stretto_reconfigure_seconds",
+        HISTOGRAM,
+        "seconds",
+        "From the first worker's stop to the new generation's first step, for planned and unplanned changes.",
+        ("kind",),
+    ),
+    Family("stretto_checkpoint_age_seconds", GAUGE, "seconds", "Since the latest checkpoint was committed."),
+    Family("stretto_checkpoint_seconds", HISTOGRAM, "seconds", "Duration of writing a checkpoint."),
+    Family("stretto_checkpoint_bytes", GAUGE, "bytes", "Size of the latest checkpoint."),
+    Family("stretto_controller_leader", GAUGE, "0 or 1", "1 on the controller that decides."),
+    Family("stretto_controller_sessions", GAUGE, "streams", "Open streams of agents and workers."),
+    Family("stretto_controller_decision_seconds", HISTOGRAM, "seconds", "Duration of one decision of the core."),
+    Family("stretto_controller_store_errors_total", COUNTER, "errors", "Saves that failed."),
+)
+
+
+@dataclass(slots=True)
+class Samples:
+    """What one scrape collects: every family of the table, filled by name. An unknown name is a KeyError."""
+
+    families: dict[str, Metric] = field(default_factory=lambda: {f.name: f.empty() for f in FAMILIES})
+
+    def put(self, name: str, value: float, *labels: str) -> None:
+        family = self.families[name]
+        assert isinstance(family, GaugeMetricFamily | CounterMetricFamily)
+        family.add_metric(labels, value)
+
+    def put_histogram(self, name: str, histogram: Histogram, *labels: str) -> None:
+        family = self.families[name]
+        assert isinstance(family, HistogramMetricFamily)
+        finite = [
+            (str(float(bound)), float(count))
+            for bound, count in zip(histogram.upper_bounds, histogram.cumulative_counts, strict=True)
+            if math.isfinite(bound)
+        ]
+        family.add_metric(labels, [*finite, ("+Inf", float(histogram.count))], histogram.sum)
+
+
+class ControllerCollector(Collector):
+    """Reads the runner at each scrape, so that a job's series are there exactly as long as they should be."""
+
+    def __init__(self, runner: Runner, finished_series_s: float) -> None:
+        self._runner = runner
+        self._finished_series_s = finished_series_s
+
+    def collect(self) -> Iterator[Metric]:
+        samples = Samples()
+        wall_s = self._runner.wall_s()
+        for view in self._runner.views():
+            finished_s = view.marks.finished_s
+            if not view.record.phase.finished or wall_s - finished_s < self._finished_series_s:
+                _job(samples, view, wall_s)
+        samples.put("stretto_controller_leader", float(self._runner.ready))
+        samples.put("stretto_controller_sessions", len(self._runner.sessions))
+        samples.put("stretto_controller_store_errors_total", self._runner.store_errors)
+        samples.put_histogram("stretto_controller_decision_seconds", self._runner.decision_seconds.histogram)
+        yield from samples.families.values()
+
+    def describe(self) -> Iterator[Metric]:
+        return (family.empty() for family in FAMILIES)
+
+
+def registry(runner: Runner, finished_series_s: float) -> CollectorRegistry:
+    """A registry of our metrics alone."""
+    own = CollectorRegistry()
+    own.register(ControllerCollector(runner, finished_series_s))
+    return own
+
+
+def _job(samples: Samples, view: JobView, wall_s: float) -> None:
+    record, name = view.record, view.record.name
+    for phase in Phase:
+        samples.put("stretto_phase", float(record.phase is phase), name, phase.value)
+    states = [node.state for node in record.nodes.values()]
+    for state in NodeState:
+        samples.put("stretto_nodes", states.count(state), name, state.value)
+    samples.put("stretto_desired_nodes", record.wanted_nodes, name)
+    samples.put("stretto_min_nodes", record.spec.min_nodes, name)
+    samples.put("stretto_max_nodes", record.spec.max_nodes, name)
+    if record.spec.target_tau:
+        samples.put("stretto_target_tau_iterations", record.spec.target_tau, name)
+    if record.generation is not None:
+        samples.put("stretto_generation", record.generation.number, name)
+        samples.put("stretto_world_size", record.generation.world_size, name)
+        if record.generation.scale:
+            samples.put("stretto_scale_ratio", record.generation.scale, name)
+    if record.checkpoint is not None:
+        samples.put("stretto_checkpoint_bytes", record.checkpoint.size_bytes, name)
+        samples.put("stretto_checkpoint_age_seconds", max(0.0, wall_s - view.marks.checkpoint_s), name)
+    if view.straggler_ratio is not None:
+        samples.put("stretto_straggler_ratio", view.straggler_ratio, name)
+    _counted(samples, view)
+    if view.progress is not None:
+        _progress(samples, view, view.progress)
+
+
+def _counted(samples: Samples, view: JobView) -> None:
+    name, figures = view.record.name, view.figures
+    samples.put("stretto_steps_total", figures.counted.steps, name)
+    samples.put("stretto_samples_total", figures.counted.samples, name)
+    # All causes from the start: a series that appears with its first event has no rate for it.
+    for cause in Cause:
+        samples.put("stretto_generation_changes_total", figures.changes[cause], name, cause.value)
+    for kind, observations in figures.reconfigure_seconds.items():
+        samples.put_histogram("stretto_reconfigure_seconds", observations.histogram, name, kind)
+    samples.put_histogram("stretto_checkpoint_seconds", figures.checkpoint_seconds.histogram, name)
+    samples.put_histogram("stretto_step_seconds", figures.counted.step_seconds, name)
+
+
+def _progress(samples: Samples, view: JobView, progress: Progress) -> None:
+    name = view.record.name
+    samples.put("stretto_gain_ratio", progress.gain, name)
+    samples.put("stretto_tau_iterations", progress.tau, name)
+    samples.put("stretto_gradient_variance", progress.variance, name)
+    samples.put("stretto_gradient_sqr_norm", progress.sqr_norm, name)
+    samples.put("stretto_loss", progress.loss, name)
+    samples.put("stretto_progress_rate", view.progress_rate, name)
+    if not math.isnan(view.remaining_s):
+        samples.put("stretto_remaining_seconds", view.remaining_s, name)
+    rates = chain(
+        (("stretto_effective_learning_rate", *pair) for pair in enumerate(progress.effective_lr)),
+        (("stretto_base_learning_rate", *pair) for pair in enumerate(progress.base_lr)),
+    )
+    for family, group, rate in rates:
+        samples.put(family, rate, name, str(group))

@@ -1,0 +1,1 @@
+"""Agents, workers and people meet the controller in three gRPC services."""

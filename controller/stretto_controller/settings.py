@@ -1,0 +1,162 @@
+"""Every setting of the controller: flag > environment (STRETTO_...) > TOML file > default."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from stretto_controller.core.limits import Limits
+
+_ENVIRONMENT_PREFIX = "STRETTO_"
+_STORES = ("sqlite", "etcd")
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceLimits:
+    """Limits of the shell around the core, each with its unit and what it costs to change it."""
+
+    # Finished jobs count until they are deleted: each keeps a record, events and history in memory.
+    max_jobs: int = 1000
+    # Streams of agents and workers together; about 30 KB each.
+    max_sessions: int = 20_000
+    # Open event streams of the HTTP API.
+    max_watchers: int = 100
+    # A stream that has not said Hello by then is ended.
+    first_message_s: float = 5.0
+    # A stream may send this many messages at once, and this many each second for long; more ends it.
+    stream_messages_burst: int = 200
+    stream_messages_per_s: float = 100.0
+    # The largest request message; a Hello is under 2 KiB, a progress report under 4 KiB.
+    message_size_bytes: int = 1 << 20
+    # The largest HTTP request body; ours are under 100 bytes.
+    body_size_bytes: int = 64 << 10
+    # Actions that wait for a stream whose peer does not read; more ends it.
+    outbox_length: int = 256
+    # Every job that is not finished has a tick at least this often.
+    tick_interval_s: float = 0.5
+    # The progress rate is measured over this long: longer is smoother and later.
+    rate_window_s: float = 10.0
+    # Kept per job, in the store and in memory.
+    kept_events: int = 1000
+    kept_generations: int = 1000
+    # A finished job's metrics are exported for this long.
+    finished_series_s: float = 600.0
+    # On a stop, streams and requests have this long to end by themselves.
+    stop_grace_s: float = 1.0
+    # After a failed save, /readyz and /metrics tell of it for this long before the controller exits.
+    failure_shown_s: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    host: str = "127.0.0.1"
+    # 0 picks a free port.
+    grpc_port: int = 29400
+    http_port: int = 8080
+    data_dir: Path = Path(".stretto/controller")
+    store: str = "sqlite"
+    # Serve beyond this machine without credentials and encryption.
+    insecure: bool = False
+    # Written, whole, once both ports serve.
+    ready_file: Path | None = None
+    service: ServiceLimits = field(default_factory=ServiceLimits)
+    limits: Limits = field(default_factory=Limits)
+
+    def validate(self) -> None:
+        """Raise ValueError, saying what was given and what is allowed."""
+        for name in ("grpc_port", "http_port"):
+            port = getattr(self, name)
+            if not 0 <= port <= 65535:
+                raise ValueError(f"{name} is {port}; it must be between 0 (any free port) and 65535")
+        if self.grpc_port and self.grpc_port == self.http_port:
+            raise ValueError(f"grpc_port and http_port are both {self.grpc_port}; give two different ports")
+        if self.store not in _STORES:
+            raise ValueError(f"store is {self.store!r}; it must be one of {', '.join(_STORES)}")
+        if self.store == "etcd":
+            raise ValueError("store is 'etcd', which this release does not have yet; use --store sqlite")
+        if not self.insecure and not is_loopback(self.host):
+            raise ValueError(
+                f"host is {self.host!r}, which other machines can reach, and this release serves neither TLS nor "
+                "credentials; use --host 127.0.0.1, or say --insecure aloud on a network that you trust"
+            )
+        for limit in fields(self.service):
+            value = getattr(self.service, limit.name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{limit.name} is {value}; it must be finite and above 0")
+        self.limits.validate()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the host."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def read_settings(flags: Mapping[str, object], environment: Mapping[str, str], file: Path | None = None) -> Settings:
+    """The validated settings. Flags that are None were not given. Raises ValueError for what is not allowed.
+
+    Names in the environment and in the file: STRETTO_GRPC_PORT and grpc_port; STRETTO_SERVICE_MAX_JOBS and
+    max_jobs in the table [service]; STRETTO_LIMITS_SETTLE_S and settle_s in the table [limits].
+    """
+    table = _read_file(file) if file is not None else {}
+    settings = _build(Settings, flags, environment, table, prefix="", origin=str(file))
+    assert isinstance(settings, Settings)
+    settings.validate()
+    return settings
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as stream:
+            return tomllib.load(stream)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"cannot read the settings file {file}: {error}") from error
+
+
+def _build(
+    kind: type, flags: Mapping[str, object], environment: Mapping[str, str], table: object, *, prefix: str, origin: str
+) -> object:
+    """One dataclass from all sources; nested dataclasses are tables of the file."""
+    hints = get_type_hints(kind)
+    if not isinstance(table, dict):
+        raise ValueError(f"{prefix.rstrip('_')} in {origin} is {table!r}; it must be a table")
+    unknown = table.keys() - hints.keys()
+    if unknown:
+        raise ValueError(
+            f"{origin} has the unknown settings {', '.join(sorted(unknown))}; known here: {', '.join(sorted(hints))}"
+        )
+    values: dict[str, object] = {}
+    for name, hint in hints.items():
+        variable = f"{_ENVIRONMENT_PREFIX}{prefix}{name}".upper()
+        if is_dataclass(hint):
+            assert isinstance(hint, type)
+            values[name] = _build(hint, {}, environment, table.get(name, {}), prefix=f"{name}_", origin=origin)
+        elif flags.get(name) is not None:
+            values[name] = flags[name]
+        elif variable in environment:
+            values[name] = _parsed(hint, environment[variable], variable)
+        elif name in table:
+            values[name] = _parsed(hint, str(table[name]), f"{prefix}{name} in {origin}")
+    return kind(**values)
+
+
+def _parsed(hint: Any, text: str, source: str) -> object:
+    if hint is bool:
+        words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+        if text.lower() not in words:
+            raise ValueError(f"{source} is {text!r}; it must be true or false")
+        return words[text.lower()]
+    try:
+        return hint(text) if hint in (int, float, str) else Path(text)
+    except ValueError as error:
+        wanted = {int: "a whole number", float: "a number"}[hint]
+        raise ValueError(f"{source} is {text!r}; it must be {wanted}") from error

@@ -1,0 +1,101 @@
+"""What a store keeps, and what the runner asks of one."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Protocol
+
+from stretto_controller.core.model import Cause, Generation, Record
+
+
+class StoreError(Exception):
+    """The store cannot be opened, or did not save. The message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredEvent:
+    """One line of a job's story. `sequence` is never used twice; `time_s` is wall-clock time, for display."""
+
+    sequence: int
+    time_s: float
+    kind: str
+    reason: str
+    node_id: str = ""
+    generation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationSummary:
+    """One generation of a job's history; its last figures come when it ends. Times are wall-clock."""
+
+    incarnation: int
+    generation: Generation
+    cause: Cause
+    started_s: float
+    pause_s: float = 0.0
+    steps: int = 0
+    mean_gain: float = 0.0
+    effective_lr: float = 0.0
+    first_tau: float = 0.0
+    last_tau: float = 0.0
+    # 0 while it is the current one.
+    ended_s: float = 0.0
+    end_reason: str = ""
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return (self.incarnation, self.generation.number)
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """Wall-clock moments that displays need after a restart; 0 means that it has not happened."""
+
+    finished_s: float = 0.0
+    checkpoint_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """What one decision changed. It is saved whole or not at all.
+
+    record None: the record did not change. generations replace earlier ones with the same key.
+    forget: the job and all that belongs to it go.
+    """
+
+    job: str
+    record: Record | None = None
+    marks: Marks = Marks()
+    events: tuple[StoredEvent, ...] = ()
+    generations: tuple[GenerationSummary, ...] = ()
+    forget: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StoredJob:
+    record: Record
+    marks: Marks
+    events: tuple[StoredEvent, ...]
+    generations: tuple[GenerationSummary, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """All that a store holds. last_sequence: the highest sequence number ever given to an event."""
+
+    jobs: tuple[StoredJob, ...] = ()
+    last_sequence: int = 0
+
+
+class Store(Protocol):
+    """Saves in the order asked; once it failed it saves nothing more, so that no later save skips an earlier one."""
+
+    def load(self) -> Stored:
+        """What was saved. Called once, before the first save."""
+
+    def save(self, save: Save) -> asyncio.Future[None]:
+        """Ask for a save, without blocking; the future is done when it is durable, or has a StoreError."""
+
+    async def close(self) -> None:
+        """Finish what was asked for, then let go of the data directory."""

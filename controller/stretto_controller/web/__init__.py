@@ -1,0 +1,1 @@
+"""The HTTP side: health, metrics, the jobs API and the page."""

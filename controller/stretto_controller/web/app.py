@@ -1,0 +1,158 @@
+"""The HTTP application. Handlers run on the event loop and only read snapshots, or ask the runner to decide."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Annotated
+
+from fastapi import FastAPI, Header, Path, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from sse_starlette import EventSourceResponse
+from starlette.exceptions import HTTPException
+
+from stretto_controller import metrics
+from stretto_controller.core import events as ev
+from stretto_controller.core.errors import Rejected
+from stretto_controller.runner import Runner, Unavailable
+from stretto_controller.service.errors import http_status
+from stretto_controller.settings import ServiceLimits
+from stretto_controller.web import schema
+from stretto_controller.web.body_limit import BodyLimit
+from stretto_controller.web.watch import Watchers
+from stretto_controller.wire import checks
+
+_ERRORS: dict[int | str, dict[str, object]] = {
+    status: {"model": schema.ErrorOut} for status in (400, 404, 409, 413, 429, 503)
+}
+JobName = Annotated[str, Path(alias="job", description="the job's name, a DNS label")]
+
+
+def build_app(runner: Runner, limits: ServiceLimits) -> FastAPI:
+    """The application on one runner."""
+    app = FastAPI(
+        title="Stretto controller",
+        description="Jobs, their generations and their events. The /docs page loads its scripts from a CDN.",
+        responses=_ERRORS,
+    )
+    app.add_middleware(BodyLimit, size_bytes=limits.body_size_bytes)
+    _answer_errors(app)
+    _add_health(app, runner)
+    _add_metrics(app, metrics.registry(runner, limits.finished_series_s))
+    _add_jobs(app, runner)
+    _add_events(app, Watchers(runner, limits.max_watchers))
+    page = files("stretto_controller.web").joinpath("page.html").read_text(encoding="utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def show_page() -> HTMLResponse:
+        return HTMLResponse(page)
+
+    return app
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Every error has the same shape: {"error": word, "message": text}."""
+
+    def answer(status: int, error: str, message: str) -> JSONResponse:
+        return JSONResponse(schema.ErrorOut(error=error, message=message).model_dump(), status_code=status)
+
+    @app.exception_handler(Rejected)
+    @app.exception_handler(Unavailable)
+    async def refused(request: Request, error: Rejected | Unavailable) -> JSONResponse:
+        status, word, message = http_status(error)
+        return answer(status, word, message)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        problems = [
+            f"{'.'.join(str(part) for part in problem['loc'] if part != 'body') or 'body'}: {problem['msg']}"
+            for problem in error.errors()
+        ]
+        return answer(400, "invalid", "; ".join(problems))
+
+    @app.exception_handler(HTTPException)
+    async def other(request: Request, error: HTTPException) -> JSONResponse:
+        response = answer(error.status_code, "http", str(error.detail))
+        response.headers.update(error.headers or {})
+        return response
+
+
+def _add_health(app: FastAPI, runner: Runner) -> None:
+    @app.get("/healthz")
+    async def alive() -> schema.Health:
+        """200 while the process answers at all."""
+        return schema.Health(status="ok")
+
+    @app.get("/readyz")
+    async def ready(response: Response) -> schema.Health:
+        """200 while this controller decides and saves; 503 with the reason otherwise."""
+        if runner.ready:
+            return schema.Health(status="ready")
+        response.status_code = 503
+        reason = "stopping" if runner.failure is None else f"a save failed: {runner.failure}"
+        return schema.Health(status="not ready", reason=reason)
+
+
+def _add_metrics(app: FastAPI, registry: CollectorRegistry) -> None:
+    @app.get("/metrics")
+    async def scrape(accept: Annotated[str, Header()] = "") -> Response:
+        """For Prometheus: its text format, or OpenMetrics when asked for."""
+        encode, content_type = choose_encoder(accept)
+        return Response(encode(registry), headers={"Content-Type": content_type})
+
+
+def _add_jobs(app: FastAPI, runner: Runner) -> None:
+    @app.get("/api/v1/jobs")
+    async def list_jobs() -> schema.JobsOut:
+        return schema.JobsOut(jobs=[schema.job_out(view) for view in runner.views()])
+
+    @app.get("/api/v1/jobs/{job}")
+    async def show_job(name: JobName) -> schema.JobOut:
+        return schema.job_out(runner.view(checks.job_name(name)))
+
+    @app.patch("/api/v1/jobs/{job}")
+    async def change_job(name: JobName, patch: schema.JobPatch) -> schema.JobOut:
+        """Scale, pause or resume. Answers once the wish is saved; nodes follow."""
+        event: ev.Event
+        if patch.nodes is not None:
+            event = ev.ScaleRequested(patch.nodes)
+        else:
+            event = ev.PauseRequested() if patch.paused else ev.ResumeRequested()
+        await runner.decide(checks.job_name(name), event)
+        return schema.job_out(runner.view(name))
+
+    @app.delete("/api/v1/jobs/{job}", status_code=204)
+    async def delete_job(name: JobName) -> Response:
+        """Send all its nodes home and forget it."""
+        await runner.decide(checks.job_name(name), ev.DeleteRequested())
+        return Response(status_code=204)
+
+    @app.get("/api/v1/jobs/{job}/history")
+    async def show_history(name: JobName) -> schema.HistoryOut:
+        view = runner.view(checks.job_name(name))
+        return schema.HistoryOut(generations=[schema.summary_out(summary) for summary in view.history])
+
+
+def _add_events(app: FastAPI, watchers: Watchers) -> None:
+    @app.get("/api/v1/jobs/{job}/events", response_model=schema.EventsOut)
+    async def show_events(
+        name: JobName,
+        accept: Annotated[str, Header()] = "",
+        last_event_id: Annotated[str, Header(description="send only later events")] = "",
+    ) -> Response:
+        """Server-sent events, from the oldest kept or after Last-Event-ID; a plain list for application/json."""
+        after = _sequence(last_event_id)
+        if "application/json" in accept:
+            events = [schema.event_out(event) for event in watchers.kept(checks.job_name(name), after)]
+            return JSONResponse(schema.EventsOut(events=events).model_dump())
+        return EventSourceResponse(watchers.follow(checks.job_name(name), after), ping=15)
+
+
+def _sequence(text: str) -> int:
+    if not text:
+        return 0
+    if not (text.isascii() and text.isdigit() and len(text) <= 18):
+        raise Rejected.invalid(f"Last-Event-ID is {checks.shown(text)}; give the id of an event, a whole number")
+    return int(text)

@@ -1,0 +1,247 @@
+"""What the HTTP API answers, in JSON. Numbers that are not known, or not finite, are null."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
+
+from stretto_controller.core.model import Generation
+from stretto_controller.snapshot import JobView
+from stretto_controller.store.contents import GenerationSummary, StoredEvent
+
+
+class Spec(BaseModel):
+    """Zero, or null, means that it was not said yet."""
+
+    min_nodes: int
+    max_nodes: int
+    mode: str | None
+    base_batch_size: int
+    batch_size: int
+    global_batch_size: int
+    target_tau: float
+
+
+class NodeOut(BaseModel):
+    node_id: str
+    state: str
+    node_rank: int | None
+    slots: int
+    address: str
+    connected: bool
+    silent_s: float | None
+
+
+class GenerationOut(BaseModel):
+    number: int
+    members: list[str]
+    world_size: int
+    scale: float | None
+    reason: str
+
+
+class ProgressOut(BaseModel):
+    generation: int
+    step: int
+    tau: float | None
+    gain: float | None
+    loss: float | None
+    effective_lr: list[float | None]
+    base_lr: list[float | None]
+    variance: float | None
+    sqr_norm: float | None
+    samples: int
+    epoch: int
+
+
+class CheckpointOut(BaseModel):
+    generation: int
+    step: int
+    tau: float
+    path: str
+    size_bytes: int
+    time_s: float
+
+
+class JobOut(BaseModel):
+    name: str
+    incarnation: int
+    phase: str
+    reason: str
+    paused: bool
+    desired_nodes: int
+    spec: Spec
+    nodes: list[NodeOut]
+    generation: GenerationOut | None
+    progress: ProgressOut | None
+    progress_rate: float = Field(description="d(tau)/dt in iterations per second; 0 until known")
+    remaining_s: float | None
+    checkpoint: CheckpointOut | None
+
+
+class JobsOut(BaseModel):
+    jobs: list[JobOut]
+
+
+class GenerationSummaryOut(BaseModel):
+    incarnation: int
+    generation: GenerationOut
+    cause: str
+    started_s: float = Field(description="seconds since the Unix epoch")
+    ended_s: float | None
+    pause_s: float | None
+    steps: int
+    mean_gain: float | None
+    effective_lr: float | None
+    first_tau: float | None
+    last_tau: float | None
+    end_reason: str
+
+
+class HistoryOut(BaseModel):
+    generations: list[GenerationSummaryOut]
+
+
+class EventOut(BaseModel):
+    sequence: int
+    time_s: float = Field(description="seconds since the Unix epoch")
+    kind: str
+    reason: str
+    node_id: str
+    generation: int
+
+
+class EventsOut(BaseModel):
+    events: list[EventOut]
+
+
+class JobPatch(BaseModel):
+    """What is wanted of the job: exactly one of the two."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    nodes: StrictInt | None = Field(default=None, ge=1, le=2**31 - 1)
+    paused: StrictBool | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> JobPatch:
+        if (self.nodes is None) == (self.paused is None):
+            raise ValueError('give exactly one of {"nodes": n} and {"paused": true or false}')
+        return self
+
+
+class ErrorOut(BaseModel):
+    error: str = Field(description="a short, stable word")
+    message: str
+
+
+class Health(BaseModel):
+    status: Literal["ok", "ready", "not ready"]
+    reason: str = ""
+
+
+def known(value: float) -> float | None:
+    """The value, or None where JSON has no number for it."""
+    return value if math.isfinite(value) else None
+
+
+def job_out(view: JobView) -> JobOut:
+    record, progress, checkpoint = view.record, view.progress, view.record.checkpoint
+    spec = record.spec
+    return JobOut(
+        name=record.name,
+        incarnation=record.incarnation,
+        phase=record.phase.value,
+        reason=record.reason,
+        paused=record.paused,
+        desired_nodes=record.wanted_nodes,
+        spec=Spec(
+            min_nodes=spec.min_nodes,
+            max_nodes=spec.max_nodes,
+            mode=spec.mode.value if spec.mode else None,
+            base_batch_size=spec.base_batch_size,
+            batch_size=spec.batch_size,
+            global_batch_size=spec.global_batch_size,
+            target_tau=spec.target_tau,
+        ),
+        nodes=[
+            NodeOut(
+                node_id=shown.node.node_id,
+                state=shown.node.state.value,
+                node_rank=shown.node_rank if shown.node_rank >= 0 else None,
+                slots=shown.node.slots,
+                address=shown.node.address,
+                connected=shown.connected,
+                silent_s=known(shown.silent_s),
+            )
+            for shown in view.nodes
+        ],
+        generation=generation_out(record.generation) if record.generation else None,
+        progress=ProgressOut(
+            generation=progress.generation,
+            step=progress.step,
+            tau=known(progress.tau),
+            gain=known(progress.gain),
+            loss=known(progress.loss),
+            effective_lr=[known(rate) for rate in progress.effective_lr],
+            base_lr=[known(rate) for rate in progress.base_lr],
+            variance=known(progress.variance),
+            sqr_norm=known(progress.sqr_norm),
+            samples=progress.samples,
+            epoch=progress.epoch,
+        )
+        if progress
+        else None,
+        progress_rate=view.progress_rate,
+        remaining_s=known(view.remaining_s),
+        checkpoint=CheckpointOut(
+            generation=checkpoint.generation,
+            step=checkpoint.step,
+            tau=checkpoint.tau,
+            path=checkpoint.path,
+            size_bytes=checkpoint.size_bytes,
+            time_s=view.marks.checkpoint_s,
+        )
+        if checkpoint
+        else None,
+    )
+
+
+def generation_out(generation: Generation) -> GenerationOut:
+    return GenerationOut(
+        number=generation.number,
+        members=list(generation.node_ids),
+        world_size=generation.world_size,
+        scale=generation.scale or None,
+        reason=generation.reason,
+    )
+
+
+def summary_out(summary: GenerationSummary) -> GenerationSummaryOut:
+    return GenerationSummaryOut(
+        incarnation=summary.incarnation,
+        generation=generation_out(summary.generation),
+        cause=summary.cause.value,
+        started_s=summary.started_s,
+        ended_s=summary.ended_s or None,
+        pause_s=known(summary.pause_s),
+        steps=summary.steps,
+        mean_gain=known(summary.mean_gain),
+        effective_lr=known(summary.effective_lr),
+        first_tau=known(summary.first_tau),
+        last_tau=known(summary.last_tau),
+        end_reason=summary.end_reason,
+    )
+
+
+def event_out(event: StoredEvent) -> EventOut:
+    return EventOut(
+        sequence=event.sequence,
+        time_s=event.time_s,
+        kind=event.kind,
+        reason=event.reason,
+        node_id=event.node_id,
+        generation=event.generation,
+    )

@@ -1,0 +1,1 @@
+"""Protocol messages <-> core values: `inbound` checks what comes, `outbound` says what goes."""
