@@ -1,0 +1,117 @@
+"""The client of the controller's Jobs service: for the command line, tools and the operator. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Protocol, TypeVar
+
+import grpc
+from stretto_proto.v1 import jobs_pb2, types_pb2
+from stretto_proto.v1.jobs_pb2_grpc import JobsStub
+
+from stretto.channel import open_channel, parse_endpoints
+from stretto.errors import Retry, from_rpc_error
+
+RequestT = TypeVar("RequestT", contravariant=True)
+ResponseT = TypeVar("ResponseT", covariant=True)
+
+
+class _Call(Protocol[RequestT, ResponseT]):
+    def __call__(self, request: RequestT, /, *, timeout: float) -> ResponseT: ...
+
+
+class JobsClient:
+    """Asks one controller, or the one of several that leads, about jobs; each call may raise StrettoError.
+
+    endpoint: `HOST[:29400]`, or several with commas between them: the next is asked when one is not available.
+    timeout_s: of each call to each endpoint. May be shared by threads. `Retry` means that no controller answered.
+    """
+
+    def __init__(self, endpoint: str, *, timeout_s: float = 5.0) -> None:
+        if timeout_s <= 0:
+            raise ValueError(f"timeout_s is {timeout_s}; it must be above 0")
+        self._timeout_s = timeout_s
+        self._stubs = []
+        self._channels = []
+        for each in parse_endpoints(endpoint):
+            channel = open_channel(each)
+            self._channels.append(channel)
+            self._stubs.append((each, JobsStub(channel)))
+
+    def __enter__(self) -> JobsClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for channel in self._channels:
+            channel.close()
+
+    def create(self, job: str, spec: types_pb2.JobSpec, *, desired_nodes: int = 0) -> jobs_pb2.Job:
+        """Create a job before any node comes. desired_nodes: 0 means max_nodes."""
+        request = jobs_pb2.CreateJobRequest(job=job, spec=spec, desired_nodes=desired_nodes)
+        return self._ask("CreateJob", request, jobs_pb2.CreateJobResponse).job
+
+    def list(self) -> Sequence[jobs_pb2.Job]:
+        """Every job that the controller knows, by name."""
+        response = self._ask("ListJobs", jobs_pb2.ListJobsRequest(), jobs_pb2.ListJobsResponse)
+        return sorted(response.jobs, key=lambda job: job.name)
+
+    def get(self, job: str) -> jobs_pb2.Job:
+        """One job as it is now. Raises NotFound if there is none of this name."""
+        return self._ask("GetJob", jobs_pb2.GetJobRequest(job=job), jobs_pb2.GetJobResponse).job
+
+    def scale(self, job: str, nodes: int) -> jobs_pb2.Job:
+        """How many nodes the job should have from now on, within its minimum and maximum."""
+        request = jobs_pb2.ScaleJobRequest(job=job, nodes=nodes)
+        return self._ask("ScaleJob", request, jobs_pb2.ScaleJobResponse).job
+
+    def pause(self, job: str) -> jobs_pb2.Job:
+        """Save, stop the workers, keep the nodes."""
+        return self._ask("PauseJob", jobs_pb2.PauseJobRequest(job=job), jobs_pb2.PauseJobResponse).job
+
+    def resume(self, job: str) -> jobs_pb2.Job:
+        """Go on after a pause."""
+        return self._ask("ResumeJob", jobs_pb2.ResumeJobRequest(job=job), jobs_pb2.ResumeJobResponse).job
+
+    def drain(self, job: str, node_id: str) -> jobs_pb2.Job:
+        """Let one node leave at the next step boundary, with nothing lost."""
+        request = jobs_pb2.DrainNodeRequest(job=job, node_id=node_id)
+        return self._ask("DrainNode", request, jobs_pb2.DrainNodeResponse).job
+
+    def delete(self, job: str) -> None:
+        """Dismiss the job's nodes and forget it."""
+        self._ask("DeleteJob", jobs_pb2.DeleteJobRequest(job=job), jobs_pb2.DeleteJobResponse)
+
+    def events(self, job: str, *, after_sequence: int = 0) -> Sequence[jobs_pb2.Event]:
+        """The job's story, oldest first, each event with its reason."""
+        request = jobs_pb2.ListEventsRequest(job=job, after_sequence=after_sequence)
+        return [*self._ask("ListEvents", request, jobs_pb2.ListEventsResponse).events]
+
+    def generations(self, job: str) -> Sequence[jobs_pb2.GenerationSummary]:
+        """The job's generations, oldest first: members, scale, gain, steps, pause."""
+        request = jobs_pb2.ListGenerationsRequest(job=job)
+        return [*self._ask("ListGenerations", request, jobs_pb2.ListGenerationsResponse).generations]
+
+    def _ask(self, method: str, request: RequestT, kind: type[ResponseT]) -> ResponseT:
+        """Call `method` at the endpoint that last answered, then at the others while none is available."""
+        failure: Retry | None = None
+        for endpoint, stub in self._stubs:
+            call: _Call[RequestT, ResponseT] = getattr(stub, method)
+            try:
+                response = call(request, timeout=self._timeout_s)
+            except grpc.RpcError as error:
+                raised = from_rpc_error(error, endpoint=endpoint)
+                if error.code() is not grpc.StatusCode.UNAVAILABLE or not isinstance(raised, Retry):
+                    raise raised from error
+                raised.__cause__ = error
+                failure = raised
+                self._stubs = [*(pair for pair in self._stubs if pair[0] != endpoint), (endpoint, stub)]
+            else:
+                return response
+        assert failure is not None
+        raise failure

@@ -1,0 +1,209 @@
+"""Contributions of a DDP model: each rank's gradient, seen by one communication hook on DDP's flat buckets."""
+
+# Annotations stay objects here: DDP compares those of a communication hook with its own types.
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import GradBucket  # torch.distributed re-exports it without saying so
+from torch.nn.parallel import DistributedDataParallel
+
+from stretto.micro_batches import LeafHooks, micro_batch_weighted
+from stretto.norms import SqrNorm, sqr_norm, sum_sqr_norms
+from stretto.window import LocalSums, Window, to_vector
+
+CommHook = Callable[[Any, GradBucket], torch.futures.Future[Tensor]]
+AllReduce = Callable[[Tensor], torch.futures.Future[Any]]  # starts adding a tensor up over the ranks, in place
+
+
+class RankContributions:
+    """Statistics of a DDP model: one dot product per bucket before the all-reduce, one after it.
+
+    `all_reduce` starts every collective of its own, so that whoever owns the group can release a waiting thread;
+    without it they go to torch, over the model's process group. Holds that group or `all_reduce`, but not the model:
+    an old DDP wrapper is freed when its owner drops it.
+    """
+
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        parameters: Callable[[], Iterable[Tensor]],
+        window: Window,
+        *,
+        loss_scale: Callable[[torch.device], SqrNorm],
+        sum_loss: bool,
+        comm_hook: tuple[Any, CommHook] | None,
+        all_reduce: AllReduce | None = None,
+    ) -> None:
+        self._all_reduce = all_reduce or _through_torch(model.process_group)
+        self._device = next(model.parameters()).device
+        self._parameters = parameters
+        self._window = window
+        self._loss_scale = loss_scale
+        self._sum_loss = sum_loss
+        self._comm_hook = comm_hook
+        self._hooks = LeafHooks(on_begin=self._begin_micro_batch, on_gradient=self._gradient)
+        self._counting: tuple[torch.futures.Future[Any], Tensor] | None = None  # the sum of the ranks' counts
+        self.discard()
+        try:
+            model.register_comm_hook(self, _on_bucket)
+        except RuntimeError as error:
+            raise ValueError(
+                "this DDP model has a communication hook already, and DDP takes one only: build a new DDP, and "
+                "pass your hook as AdaScale(..., comm_hook=hook) or comm_hook=(state, hook)"
+            ) from error
+
+    def attach(self) -> None:
+        """Hook parameters that came or were unfrozen since the last call, where micro-batches are counted."""
+        if self._window.accumulation_steps > 1:
+            self._hooks.attach(self._parameters())
+
+    def detach(self) -> None:
+        self._hooks.detach()
+
+    def discard(self) -> None:
+        """Forget this step's statistics."""
+        self._window.clear()
+        self._start()
+
+    def announce(self, samples: int, total: int | None) -> None:
+        """Note the next micro-batch's size; without a total, start adding the ranks' sizes up meanwhile."""
+        self._window.announce(samples, total)
+        if total is None:
+            counts = torch.tensor([float(samples)], dtype=torch.float64, device=self._device)
+            self._counting = (self._all_reduce(counts), counts)
+
+    def local_sums(self) -> LocalSums:
+        """Return this rank's statistics since the last step."""
+        window, samples = self._window, self._window.samples
+        total, shrink = float(window.denominator), 1.0 / (self._scale * self._scale)
+        own = sum_sqr_norms((self._carried, *_in_order(self._local)))
+        if window.accumulation_steps > 1:
+            # Micro-batches were weighted one by one: undo that to get the mean gradient over this rank's
+            # samples.
+            own = own * (total / (samples * window.world_size)) ** 2 if samples else 0.0
+            shrink = shrink / (window.accumulation_steps**2 if self._sum_loss else 1)
+        return LocalSums(
+            samples=samples if window.micro_batches else window.nominal_total // window.world_size,
+            contributions=int(samples > 0 and self._backwards > 0),
+            weighted_sqr_norm=samples * own * shrink,
+            global_sqr_norm=sum_sqr_norms(_in_order(self._reduced)) * shrink,
+            denominator=total if self._reduced_total is None else 0.0,
+            declared=window.total is not None,
+            problem=window.problem or self._synchronisation_problem(),
+        )
+
+    def all_reduce(self, values: list[SqrNorm]) -> list[float]:
+        """Return the sums over all ranks: one collective, one host read."""
+        vector = to_vector(values, self._device)
+        self._all_reduce(vector).wait()
+        sums: list[float] = vector.tolist()
+        return sums
+
+    def on_bucket(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """Take the norms of one bucket around its all-reduce, and weight it by this rank's share of the samples."""
+        window, buffer, index = self._window, bucket.buffer(), bucket.index()
+        if index == 0:
+            self._begin_backward(buffer.device)
+        if window.samples == 0:
+            buffer.zero_()  # the mean over no samples is NaN
+        else:
+            self._local[index] = sqr_norm(buffer)
+            weight = self._weight()
+            if isinstance(weight, Tensor) or weight != 1.0:
+                buffer.mul_(weight)
+        if self._comm_hook is None:
+            future = self._all_reduce(buffer)
+        else:
+            state, hook = self._comm_hook
+            future = hook(state, bucket)
+        reduced = self._reduced  # a late answer to a backward that was given up must not reach the next one
+
+        def after(done: torch.futures.Future[Any]) -> Tensor:
+            value = done.value()
+            result: Tensor = value[0] if isinstance(value, list | tuple) else value
+            reduced[index] = sqr_norm(result)
+            return result
+
+        chained: torch.futures.Future[Tensor] = future.then(after)
+        return chained
+
+    def _start(self) -> None:
+        self._local: dict[int, SqrNorm] = {}
+        self._reduced: dict[int, SqrNorm] = {}
+        self._carried: SqrNorm = 0.0
+        self._backwards = 0  # those that DDP synchronised
+        self._reduced_total: SqrNorm | None = None  # the ranks' counts added up, where no total was given
+        self._scale: SqrNorm = 1.0
+
+    def _begin_backward(self, device: torch.device) -> None:
+        window = self._window
+        if window.accumulation_steps == 1:
+            self._begin_micro_batch(device)
+        elif self._backwards:
+            # Synchronised in each micro-batch: the buckets hold what was reduced before, plus this rank's
+            # newest gradient. The ranks differ by that only, so the differences of the norms add up.
+            before = sum_sqr_norms(_in_order(self._reduced))
+            self._carried = self._carried + sum_sqr_norms(_in_order(self._local)) - before
+            self._local, self._reduced = {}, {}
+        self._backwards += 1
+
+    def _begin_micro_batch(self, device: torch.device) -> None:
+        self._window.open_micro_batch()
+        if self._window.micro_batches == 1:
+            self._start()
+            self._take_reduced_total()
+        self._scale = self._loss_scale(device)
+
+    def _take_reduced_total(self) -> None:
+        if self._counting is not None:
+            future, counts = self._counting
+            self._counting = None
+            future.wait()
+            self._reduced_total = float(counts) if counts.device.type == "cpu" else counts[0]
+
+    def _gradient(self, grad: Tensor) -> Tensor | None:
+        if self._window.latest == 0:
+            return torch.zeros_like(grad)
+        return micro_batch_weighted(grad, self._window)
+
+    def _weight(self) -> SqrNorm:
+        """The factor on this rank's bucket, so that summing the ranks (or the user's hook's mean) is right."""
+        window = self._window
+        averaged = 1 if self._comm_hook is None else window.world_size  # such hooks divide by it
+        if window.accumulation_steps > 1:
+            return averaged / window.world_size
+        total = window.denominator if self._reduced_total is None else self._reduced_total
+        return window.samples * averaged / total
+
+    def _synchronisation_problem(self) -> str:
+        if self._window.micro_batches and not self._backwards:
+            return (
+                "no backward of this step was synchronised between the ranks: leave no_sync() for the last micro-batch"
+            )
+        if self._backwards > 1 and self._window.total is not None:
+            return (
+                "micro-batches of announced sizes were each synchronised between the ranks, which hides each "
+                "rank's own gradient: put all but the last one into no_sync()"
+            )
+        return ""
+
+
+def _on_bucket(contributions: RankContributions, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    return contributions.on_bucket(bucket)
+
+
+def _through_torch(group: dist.ProcessGroup) -> AllReduce:
+    def all_reduce(tensor: Tensor) -> torch.futures.Future[Any]:
+        future: torch.futures.Future[Any] = dist.all_reduce(tensor, group=group, async_op=True).get_future()
+        return future
+
+    return all_reduce
+
+
+def _in_order(norms: dict[int, SqrNorm]) -> list[SqrNorm]:
+    """By bucket: callbacks run in any order, and float sums depend on it."""
+    return [norms[index] for index in sorted(norms)]

@@ -1,0 +1,93 @@
+"""Learning-rate rules: how a step at scale S uses a schedule that was written for S = 1.
+
+A rule is a pure function `rule(state, scale) -> RuleStep`. The optimizer multiplies the schedule's rate at
+floor(tau) by `lr_factor` and then advances tau by `tau_increment`. AdaScale is the rule to use; the others
+are baselines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from stretto.gain import GainEstimator
+
+WARMUP_FRACTION = 0.055  # Goyal et al.: the first 5.5 % of the steps
+
+
+@dataclass(frozen=True)
+class RuleState:
+    """What a rule may look at: the estimator, with this step's statistics in it, and tau before the step.
+
+    `target_tau` is the schedule's whole length in iterations at S = 1, where the user has said it.
+    """
+
+    estimator: GainEstimator
+    tau: float = 0.0
+    target_tau: float | None = None
+
+
+class RuleStep(NamedTuple):
+    """What a rule decides for one step."""
+
+    lr_factor: float
+    tau_increment: float
+
+
+Rule = Callable[[RuleState, float], RuleStep]
+
+
+def identity(state: RuleState, scale: float) -> RuleStep:
+    """Use the schedule as it stands: rate lr, tau += 1."""
+    return RuleStep(1.0, 1.0)
+
+
+def linear(state: RuleState, scale: float) -> RuleStep:
+    """Scale the rate with the batch: rate S * lr, tau += S."""
+    return RuleStep(scale, scale)
+
+
+def linear_warmup(state: RuleState, scale: float) -> RuleStep:
+    """Scale linearly (LSW), but let the factor rise from 1 to S over the first 5.5 % of the schedule.
+
+    Counted in tau, which is the same as counting steps while S is constant and stays right when it changes.
+    Needs `target_tau`. Source: Goyal et al. 2017, as used for comparison in the AdaScale paper.
+    """
+    if state.target_tau is None:
+        raise ValueError(
+            'rule "linear_warmup" has to know how long the schedule is, and target_tau is not set: '
+            "pass settings=AdaScaleSettings(target_tau=<iterations of the schedule at S = 1>)"
+        )
+    progress = min(state.tau / (WARMUP_FRACTION * state.target_tau), 1.0)
+    return RuleStep(1.0 + (scale - 1.0) * progress, scale)
+
+
+def sqrt(state: RuleState, scale: float) -> RuleStep:
+    """Scale with the root of the batch: rate sqrt(S) * lr, tau += S."""
+    return RuleStep(math.sqrt(scale), scale)
+
+
+def adascale(state: RuleState, scale: float) -> RuleStep:
+    """Scale with the gain: rate r * lr, tau += r (Johnson et al. 2020)."""
+    gain = state.estimator.gain(scale)
+    return RuleStep(gain, gain)
+
+
+_BY_NAME: dict[str, Rule] = {
+    "identity": identity,
+    "linear": linear,
+    "linear_warmup": linear_warmup,
+    "sqrt": sqrt,
+    "adascale": adascale,
+}
+
+
+def named(rule: str | Rule) -> Rule:
+    """Return the rule of that name; a callable is a rule already."""
+    if callable(rule):
+        return rule
+    if rule not in _BY_NAME:
+        raise ValueError(f"rule is {rule!r}; allowed: {', '.join(sorted(_BY_NAME))}, or a function (state, scale)")
+    return _BY_NAME[rule]

@@ -1,0 +1,393 @@
+"""ElasticTrainer: one loop that trains the same at any number of workers, and while that number changes."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from stretto_proto.v1 import types_pb2
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
+
+from stretto.adascale import AdaScale
+from stretto.checkpoint import Checkpointer
+from stretto.errors import Fatal
+from stretto.feed import Feed, Share, StepPlan, check_dataset
+from stretto.live import Generation, GivenUp, LiveSession
+from stretto.membership import open_membership
+from stretto.position import Position
+from stretto.progress_report import StepFigures
+from stretto.rules import Rule
+from stretto.sample_log import SampleLog
+from stretto.sampler import ElasticSampler
+from stretto.saver import Saved, Saver
+from stretto.step import LossFunction, Outcome, Stepper
+from stretto.trainer_settings import TrainerSettings
+from stretto.transfer import fingerprint
+from stretto.warm_up import warm_up
+from stretto.world import World, default_device
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step, the same on every rank. `loss`: the mean over its samples; `samples`: used so far."""
+
+    step: int
+    tau: float
+    gain: float
+    scale: float
+    loss: float
+    effective_lr: tuple[float, ...]
+    world_size: int
+    generation: int
+    samples: int
+
+
+class ElasticTrainer:
+    """Trains until tau reaches `target_tau`; iterate over it, one StepReport per step.
+
+    `optimizer`: any torch optimizer of the model's parameters; AdaScale goes around it. `dataset`: map-style.
+    `loss_fn(model, batch) -> loss`: the mean over the batch's samples. `base_batch_size`: what the schedule was
+    written for. `batch_size`: samples per worker and step, so that S follows the workers; at most so many per
+    micro-batch where `global_batch_size` is given, which fixes S. `scheduler`: of the optimizer; stepped once
+    per integer of tau. `checkpoint`: a Checkpointer, or where to make one.
+
+    Start the script with torchrun for several workers. With `--rdzv-backend=stretto` workers come and go: in
+    in-process mode this process lives through it, and the most advanced worker gives its state to all; in restart
+    mode the agents start new processes, which go on from a checkpoint that was written at an agreed step. The loop's
+    body is a step boundary: evaluate, log, or `break` there (on every rank at the same step).
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: Optimizer,
+        dataset: Dataset[Any],
+        loss_fn: LossFunction,
+        *,
+        base_batch_size: int,
+        batch_size: int,
+        target_tau: float,
+        global_batch_size: int | None = None,
+        scheduler: LRScheduler | None = None,
+        checkpoint: Checkpointer | str | os.PathLike[str] | None = None,
+        rule: str | Rule = "adascale",
+        settings: TrainerSettings | None = None,
+    ) -> None:
+        self._settings = settings or TrainerSettings()
+        self._settings.validate()
+        _check_sizes(base_batch_size, batch_size, global_batch_size, target_tau)
+        self._sampler = ElasticSampler(check_dataset(dataset), seed=self._settings.seed, shuffle=self._settings.shuffle)
+        self._dataset = dataset
+        self._loss_fn = loss_fn
+        self._base_batch_size = base_batch_size
+        self._batch_size, self._global_batch_size = batch_size, global_batch_size
+        self._target_tau = float(target_tau)
+        self._position = Position(seed=self._settings.seed, base_batch_size=base_batch_size)
+        self._skipped = self._logged_step = 0
+        self._iterated = False
+        self._log: SampleLog | None = None
+        self._feed: Feed | None = None
+        self._saver = Saver(
+            checkpoint,
+            interval_s=self._settings.checkpoint_interval_s,
+            interval_steps=self._settings.checkpoint_interval_steps,
+            told=self._tell_of_checkpoint,
+        )
+        self.device = _chosen_device(self._settings.device)
+        spec = types_pb2.JobSpec(
+            base_batch_size=base_batch_size,
+            batch_size=batch_size,
+            global_batch_size=global_batch_size or 0,
+            target_tau=self._target_tau,
+        )
+        self._membership = open_membership(
+            spec, self._settings, self.device, saves=checkpoint is not None, on_commit=self._log_committed
+        )
+        try:
+            self.model = model.to(self.device)
+            self._optimizer = AdaScale(
+                optimizer,
+                self.model,
+                base_batch_size=base_batch_size,
+                batch_size=batch_size,
+                scheduler=scheduler,
+                rule=rule,
+                settings=replace(self._settings.adascale, target_tau=self._target_tau),
+            )
+            if isinstance(self._membership, LiveSession) and self._settings.warm_up:
+                self._optimizer.unbind()
+                warm_up(self.model, loss_fn, dataset, batch_size, self._settings, self.device)
+            self._enter()
+        except BaseException:
+            self._membership.close()
+            raise
+
+    @property
+    def rank(self) -> int:
+        """Of this worker, in the present generation."""
+        return self._world.rank
+
+    @property
+    def world_size(self) -> int:
+        return self._world.world_size
+
+    @property
+    def step(self) -> int:
+        """Steps done so far, over all generations."""
+        return self._position.step
+
+    @property
+    def tau(self) -> float:
+        """Scale-invariant iterations so far."""
+        return self._optimizer.tau
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next sample, from 0."""
+        return self._sampler.epoch
+
+    def save(self) -> None:
+        """Write a checkpoint of the latest step (rank 0; nothing where none was asked for).
+
+        In in-process mode at the end of the next step, when all ranks are known to have done it.
+        """
+        if isinstance(self._membership, LiveSession):
+            self._membership.save_soon()
+        else:
+            self._write_checkpoint()
+
+    def __iter__(self) -> Iterator[StepReport]:
+        """Train on from where the state stands; ends when the target is reached. Once per trainer.
+
+        When the controller asks this generation to leave, the step's report still comes. In in-process mode the loop
+        then goes on in the next generation; in restart mode the state is saved, and this process waits here until
+        its agent stops it. After a failure, a step that not all ranks had done may be reported twice.
+        """
+        if self._iterated:
+            raise RuntimeError("this trainer was iterated over before; make a new one, it goes on from the checkpoint")
+        self._iterated = True
+        try:
+            while not (yield from self._live_through()):
+                self._enter()
+        except GivenUp:
+            self._saver.save_at_last(self._state(), step=self._position.step)
+            raise
+        finally:
+            self._membership.close()
+            self._close_feed()
+            self._close_log()
+
+    def _enter(self) -> None:
+        """Take a place in the next generation, with the state and everything else that belongs to it."""
+        self._close_feed()
+        self._close_log()
+        self._stepper: Stepper | None = None  # it holds the last generation's model
+        joined = False
+        while not joined:
+            self._world = self._membership.enter()
+            with self._world:
+                self._join(self._world)
+                joined = True
+
+    def _join(self, world: World | Generation) -> None:
+        """Hold the generation's state, and be ready for its first step."""
+        state = self._state()
+        step = world.synchronise(state, restore=lambda: self._saver.restore(state, world.number))
+        if step:
+            _log.info("going on after step %d, tau %.1f", step, self.tau)
+        self._share = share = Share(
+            world.rank,
+            world.world_size,
+            self._global_batch_size or self._batch_size * world.world_size,
+            self._batch_size,
+        )
+        wrapped = world.wrap(
+            self.model,
+            self._optimizer,
+            ddp=self._settings.ddp,
+            batch_size=-(-share.size // (share.world_size * share.micro_batches)),
+            accumulation_steps=share.micro_batches,
+        )
+        self._verify(world, state)
+        self._saver.begin(world.number, first=world.rank == 0, step=step)
+        self._begin_log()
+        self._stepper = Stepper(wrapped, self._optimizer, self._loss_fn, share, seed=self._position.seed)
+
+    def _verify(self, world: World | Generation, state: dict[str, Any]) -> None:
+        """Raise Fatal unless all ranks hold the same state, bit by bit."""
+        if not (self._settings.verify and isinstance(world, Generation)):
+            return
+        # Each rank's buffers may come from its own samples; rank 0's count.
+        bits = {name: value.state_dict() for name, value in state.items() if name != "model"}
+        bits["model"] = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        if not world.check_equal(fingerprint(bits)):
+            raise Fatal(
+                f"the workers of generation {world.number} hold different states at step {self.step}: something in "
+                "the script changes model, optimizer or extra_state on some ranks only, outside the step"
+            )
+
+    def _live_through(self) -> Generator[StepReport, None, bool]:
+        """Train in the present generation; whether the target is reached. False: another generation follows."""
+        finished = False
+        with self._world as world:
+            while self.tau < self._target_tau:
+                yield self._train_step(world)
+                self._check_scale()
+                if world.saving:
+                    world.commit()
+                    self._write_checkpoint()
+                if world.leaving and self.tau < self._target_tau:
+                    world.leave()
+                    break
+            else:
+                world.commit()
+                self._write_checkpoint()
+                world.finish(self.tau)
+                finished = True
+        return finished
+
+    def _train_step(self, world: World | Generation) -> StepReport:
+        """One optimizer step of all ranks."""
+        if self._feed is None:
+            self._feed = Feed(
+                self._dataset,
+                self._sampler,
+                self._share,
+                seed=self._position.seed,
+                options=self._settings.dataloader,
+                device=self.device,
+            )
+        stepper = self._stepper
+        assert stepper is not None, "steps are taken in a generation"
+        plan, batches = self._feed.next_step()
+        due = self._saver.due(self._position.step + 1)
+        with world.guarded():
+            outcome = stepper.take(
+                self._position.step, len(plan.indices), batches, lambda: _with_save(world.wishes(), due)
+            )
+        self._count_skipped(outcome.skipped)
+        self._position.advance(plan, self._sampler)
+        report = self._report(world, outcome)
+        world.stepped(outcome.agreed, self._figures(report, plan, outcome))
+        return report
+
+    def _count_skipped(self, skipped: bool) -> None:
+        self._skipped = self._skipped + 1 if skipped else 0
+        if self._skipped >= self._settings.max_skipped_steps:
+            raise Fatal(
+                f"the gradient was not finite in {self._skipped} steps in a row, at tau {self.tau:.1f}: the "
+                "training has diverged; lower the learning rate, or look at the data (settings.max_skipped_steps)"
+            )
+
+    def _report(self, world: World | Generation, outcome: Outcome) -> StepReport:
+        optimizer = self._optimizer
+        return StepReport(
+            step=self._position.step,
+            tau=optimizer.tau,
+            gain=optimizer.gain,
+            scale=optimizer.scale,
+            loss=outcome.loss,
+            effective_lr=tuple(optimizer.effective_lr),
+            world_size=world.world_size,
+            generation=world.number,
+            samples=self._position.samples,
+        )
+
+    def _figures(self, report: StepReport, plan: StepPlan, outcome: Outcome) -> StepFigures:
+        return StepFigures(
+            step=report.step,
+            tau=report.tau,
+            gain=report.gain,
+            scale=report.scale,
+            loss=report.loss,
+            effective_lr=report.effective_lr,
+            base_lr=outcome.base_lr,
+            variance=self._optimizer.variance,
+            sqr_norm=self._optimizer.sqr_norm,
+            samples=report.samples,
+            epoch=plan.epoch,
+            step_s=outcome.step_s,
+        )
+
+    def _check_scale(self) -> None:
+        """S is the controller's; workers that use another one have been given other batch sizes."""
+        theirs, ours = self._world.scale, self._share.size / self._base_batch_size
+        if theirs is not None and not math.isclose(theirs, ours, rel_tol=1e-9):
+            raise Fatal(
+                f"the controller says S = {theirs:g} for generation {self._world.number}, but "
+                f"{self._world.world_size} workers use {self._share.size} samples per step, which is S = {ours:g}: "
+                "give the same base_batch_size, batch_size and global_batch_size as the job's"
+            )
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "optimizer": self._optimizer,
+            "sampler": self._sampler,
+            "training": self._position,
+            **self._settings.extra_state,
+        }
+
+    def _write_checkpoint(self) -> None:
+        self._saver.save(self._state(), step=self._position.step)
+
+    def _tell_of_checkpoint(self, saved: Saved) -> None:
+        self._membership.checkpoint_committed(self._world.number, saved, self.tau)
+
+    def _begin_log(self) -> None:
+        """Rank 0 keeps the record of samples, where one is asked for."""
+        path, world = self._settings.sample_log, self._world
+        if path is None or world.rank != 0:
+            return
+        position = self._position
+        self._logged_step = position.step - len(position.recent)
+        self._log = SampleLog(path, generation=world.number, resumed_step=self._logged_step, restored=world.restored)
+        self._log_committed(position.step)
+
+    def _close_log(self) -> None:
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def _log_committed(self, step: int) -> None:
+        """All steps up to this one count."""
+        if self._log is None:
+            return
+        for done in self._position.recent_between(self._logged_step, step):
+            self._log.committed(done.step, done.epoch, self._sampler.global_batch(done.epoch, done.start, done.count))
+            self._logged_step = done.step
+
+    def _close_feed(self) -> None:
+        if self._feed is not None:
+            self._feed.close()
+            self._feed = None
+
+
+def _with_save(wishes: list[float], due: bool) -> list[float]:
+    leave, save = wishes
+    return [leave, max(save, float(due))]
+
+
+def _chosen_device(name: str | None) -> torch.device:
+    device = torch.device(name) if name else default_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def _check_sizes(base_batch_size: int, batch_size: int, global_batch_size: int | None, target_tau: float) -> None:
+    sizes = {"base_batch_size": base_batch_size, "batch_size": batch_size, "global_batch_size": global_batch_size}
+    for name, value in sizes.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} is {value!r}; allowed: whole numbers from 1")
+    if not (math.isfinite(target_tau) and target_tau > 0):
+        raise ValueError(f"target_tau is {target_tau!r}; allowed: a finite number above 0, in iterations at S = 1")
