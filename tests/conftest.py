@@ -1,0 +1,29 @@
+"""What holds for all tests: a GPU is used by those that ask for one, and by no others."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+_MARKS = ("gpu", "gpus")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs from ordinary tests: what they start would use them, several processes one GPU."""
+    if not _asked_for(config):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the tests that need a GPU out, unless `-m` asks for them; then they fail where there is none."""
+    if _asked_for(config):
+        return
+    without = [item for item in items if not any(item.get_closest_marker(mark) for mark in _MARKS)]
+    if len(without) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item not in without])
+        items[:] = without
+
+
+def _asked_for(config: pytest.Config) -> bool:
+    return any(mark in (config.getoption("markexpr") or "") for mark in _MARKS)

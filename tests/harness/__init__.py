@@ -1,0 +1,1 @@
+"""What tests share: real controllers, and agents that speak raw gRPC."""

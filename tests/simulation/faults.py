@@ -1,0 +1,338 @@
+"""What goes wrong, and what people ask for: drawn from the seed, until everything heals.
+
+Some faults come at a random time. Others lie in wait for a moment of the protocol (`Faults.moment`): while a group is
+being built, while the source sends, right after a collective has succeeded on one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from stretto_controller.core import events as ev
+from stretto_controller.core.model import NodeState
+
+if TYPE_CHECKING:
+    from simulation.agent import Agent
+    from simulation.worker import Worker
+    from simulation.world import World
+
+_COLLECTIVES = ("init", "transfer", "agree", "check", "step", "commit")
+# "first-...": when the collective has succeeded on one rank, and on no other yet.
+MOMENTS = (
+    *_COLLECTIVES,
+    *(f"first-{kind}" for kind in _COLLECTIVES),
+    *("build", "moved", "save", "ask", "assigned", "cut"),
+)
+# So many of a schedule's faults wait for a moment rather than for a time.
+_AMBUSHES = 0.4
+# Nodes that come beyond those of the beginning.
+_NODE_LIMIT = 7
+
+
+class Faults:
+    """One schedule's troubles."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        # Everything has healed, and nothing more comes.
+        self.over = False
+        self._ambushes: list[tuple[str, int, Callable[[], None]]] = []
+        self._nodes = len(world.setup.slots)
+        self._victim: Worker | None = None
+
+    def plan(self) -> None:
+        """Draw the faults. Schedules differ in kind, too: each has only some of all kinds."""
+        rng, setup = self.world.rng, self.world.setup
+        everything: list[Callable[[], None]] = [
+            self._kill_worker,
+            self._kill_worker,
+            self._kill_node,
+            self._power_off,
+            self._freeze_workers,
+            self._freeze_node,
+            self._freeze_agent,
+            self._hang,
+            self._sigterm,
+            self._cut_off,
+            self._cut_off_all_members,
+            self._partition,
+            self._partition,
+            self._blip,
+            self._break_stream,
+            self._kill_controller,
+            self._add_node,
+            self._person,
+            self._sigterm_worker,
+        ]
+        kinds = rng.sample(everything, rng.randint(1, 5))
+        for _ in range(setup.faults):
+            kind = rng.choice(kinds)
+            if rng.random() < _AMBUSHES:
+                self._ambushes.append((rng.choice(MOMENTS), rng.randint(0, 12), kind))
+            else:
+                self.world.scheduler.after(rng.uniform(0.2, setup.active_s * 0.95), self._strike, kind)
+
+    def moment(self, name: str, worker: Worker) -> None:
+        """The worker is at this point of the protocol."""
+        if not self._ambushes or self.over:
+            return
+        left = []
+        due = []
+        for moment, count, kind in self._ambushes:
+            if moment != name:
+                left.append((moment, count, kind))
+            elif count > 0:
+                left.append((moment, count - 1, kind))
+            else:
+                due.append(kind)
+        self._ambushes = left
+        for kind in due:
+            # At once, or while the moment's consequences are under way.
+            delay_s = self.world.rng.choice((0.0, 0.0, 0.001, 0.003, 0.02))
+            self.world.scheduler.after(delay_s, self._strike, kind, worker)
+
+    def end(self) -> None:
+        """The network heals, who is frozen goes on or dies, the controller is back, people undo what they asked for."""
+        world, rng = self.world, self.world.rng
+        self.over = True
+        self._ambushes.clear()
+        world.say("faults", "end")
+        world.network.heal_all()
+        for worker in world.live_workers():
+            worker.thaw()
+        for agent in world.agents:
+            agent.thaw()
+        world.controller.start()
+        world.links_changed()
+        if rng.random() < 0.9:
+            self._until_done(ev.ResumeRequested())
+        if rng.random() < 0.9:
+            alive = sum(agent.alive and not agent.leaving for agent in world.agents)
+            for _ in range(max(0, world.setup.min_nodes - alive)):
+                self._join()
+
+    def agent_ended(self, agent: Agent) -> None:
+        """Somebody starts it again, or not."""
+        rng = self.world.rng
+        if self.world.invariants.job_has_ended:
+            return
+        if self.over:
+            # Who failed is replaced by a new node for as long as the job needs it.
+            if agent.exit_code != 0 and self._nodes < 3 * _NODE_LIMIT:
+                self.world.scheduler.after(rng.uniform(0.1, 2.0), self._join)
+        elif rng.random() < 0.7:
+            if rng.random() < 0.5:
+                self.world.scheduler.after(rng.uniform(0.05, 3.0), self._return, agent)
+            else:
+                self.world.scheduler.after(rng.uniform(0.05, 3.0), self._join)
+
+    # -- the kinds of faults
+
+    def _strike(self, kind: Callable[[], None], victim: Worker | None = None) -> None:
+        if not self.over:
+            self._victim = victim
+            kind()
+            self._victim = None
+
+    def _worker(self) -> Worker | None:
+        """Mostly the one at whose moment it is."""
+        rng, alive = self.world.rng, self.world.live_workers()
+        if self._victim is not None and self._victim.alive and rng.random() < 0.7:
+            return self._victim
+        return rng.choice(alive) if alive else None
+
+    def _agent(self) -> Agent | None:
+        rng = self.world.rng
+        if self._victim is not None and self._victim.agent.alive and rng.random() < 0.7:
+            return self._victim.agent
+        alive = [agent for agent in self.world.agents if agent.alive]
+        return rng.choice(alive) if alive else None
+
+    def _kill_worker(self) -> None:
+        worker = self._worker()
+        if worker is not None:
+            worker.kill()
+
+    def _sigterm_worker(self) -> None:
+        worker = self._worker()
+        if worker is not None:
+            worker.sigterm()
+
+    def _kill_node(self) -> None:
+        agent = self._agent()
+        if agent is not None:
+            agent.kill()
+
+    def _power_off(self) -> None:
+        agent = self._agent()
+        if agent is not None:
+            self.world.network.dark.add(agent.node_id)
+            for other in self.world.agents:
+                if other.node_id == agent.node_id:
+                    other.kill(silently=True)
+
+    def _freeze_workers(self) -> None:
+        worker = self._worker()
+        if worker is not None:
+            frozen = [worker] if self.world.rng.random() < 0.6 else worker.agent.workers
+            for each in frozen:
+                if each.alive:
+                    each.freeze()
+                    self._later(self._duration_s(), each.thaw)
+
+    def _freeze_node(self) -> None:
+        agent = self._agent()
+        if agent is not None:
+            duration_s = self._duration_s()
+            agent.freeze()
+            self._later(duration_s, agent.thaw)
+            for worker in agent.workers:
+                if worker.alive:
+                    worker.freeze()
+                    self._later(duration_s + self.world.rng.random() * 0.01, worker.thaw)
+
+    def _freeze_agent(self) -> None:
+        agent = self._agent()
+        if agent is not None:
+            agent.freeze()
+            self._later(self._duration_s(), agent.thaw)
+
+    def _hang(self) -> None:
+        """The training thread does not come back from its own part of a step; the process lives on and speaks."""
+        worker = self._worker()
+        if worker is not None:
+            worker.hang(self._duration_s())
+
+    def _sigterm(self) -> None:
+        agent = self._agent()
+        if agent is not None:
+            agent.sigterm()
+
+    def _cut_off(self) -> None:
+        """A node and the controller cannot reach each other, or one of them not the other."""
+        agent = self._agent()
+        if agent is not None:
+            directions = self.world.rng.choice(((0,), (1,), (0, 1), (0, 1)))
+            self._cut_off_nodes([agent.node_id], directions, self._duration_s())
+
+    def _cut_off_all_members(self) -> None:
+        """The controller loses sight of a generation that trains on, and others come."""
+        members = {w.node_id: None for w in self.world.live_workers() if w.state.generation}
+        if members:
+            self._cut_off_nodes(list(members), (0, 1), self.world.rng.uniform(3.0, 10.0))
+            if self.world.rng.random() < 0.7:
+                self._join()
+
+    def _cut_off_nodes(self, names: list[str], directions: tuple[int, ...], duration_s: float) -> None:
+        rng = self.world.rng
+        cut = {(name, direction) for name in names for direction in directions}
+        self.world.say("faults", "%s and the controller are cut off: %s", names, directions)
+        self.world.network.cut_off |= cut
+        for connection in self.world.controller.open_connections():
+            if connection.speaker.node_id in names and rng.random() < 0.5:
+                delays_s = rng.uniform(0.5, 8.0), rng.uniform(0.5, 8.0)
+                connection.break_(client_delay_s=delays_s[0], controller_delay_s=delays_s[1])
+        self._later(duration_s, self._reconnect, cut)
+
+    def _reconnect(self, cut: set[tuple[str, int]]) -> None:
+        self.world.say("faults", "the controller can be reached again: %s", sorted(cut))
+        self.world.network.cut_off -= cut
+        self.world.links_changed()
+
+    def _partition(self) -> None:
+        """Some nodes cannot reach some others, or not in one direction."""
+        rng = self.world.rng
+        names = sorted({agent.node_id for agent in self.world.agents if agent.alive})
+        if len(names) < 2:
+            return
+        rng.shuffle(names)
+        split = rng.randint(1, len(names) - 1)
+        one, other = names[:split], names[split:]
+        if rng.random() < 0.5:
+            one, other = one[:1], other[:1]
+        pairs = [(a, b) for a in one for b in other]
+        if rng.random() < 0.6:
+            pairs += [(b, a) for a, b in pairs]
+        self.world.say("faults", "nothing passes: %s", pairs)
+        for pair in pairs:
+            self.world.network.cut(*pair)
+        self._later(self._duration_s(), self._heal, pairs)
+
+    def _heal(self, pairs: list[tuple[str, str]]) -> None:
+        self.world.say("faults", "passes again: %s", pairs)
+        for pair in pairs:
+            self.world.network.heal(*pair)
+        self.world.links_changed()
+
+    def _blip(self) -> None:
+        """The controller's network fails for a moment: most streams break together."""
+        rng = self.world.rng
+        self.world.say("faults", "a blip")
+        for connection in self.world.controller.open_connections():
+            if rng.random() < 0.85:
+                delay_s = rng.random() * 0.5
+                connection.break_(client_delay_s=delay_s + rng.random() * 0.1, controller_delay_s=delay_s)
+
+    def _break_stream(self) -> None:
+        """One stream breaks; the controller may notice late."""
+        rng, connections = self.world.rng, self.world.controller.open_connections()
+        if connections:
+            connection = rng.choice(connections)
+            self.world.say("faults", "the stream %s breaks", connection.session_id)
+            late_s = rng.choice((0.001, 0.1, 3.0))
+            connection.break_(client_delay_s=rng.random() * 0.1, controller_delay_s=rng.random() * late_s)
+
+    def _kill_controller(self) -> None:
+        rng = self.world.rng
+        self.world.controller.crash(lose_disk=rng.random() < 0.04)
+        self._later(rng.choice((0.05, 0.5, 4.0)) * (0.5 + rng.random()), self.world.controller.start)
+
+    def _add_node(self) -> None:
+        self._join()
+
+    def _person(self) -> None:
+        rng, setup, controller = self.world.rng, self.world.setup, self.world.controller
+        match rng.randrange(4):
+            case 0:
+                controller.request(ev.PauseRequested())
+                self._later(rng.uniform(0.1, 3.0), self._until_done, ev.ResumeRequested())
+            case 1:
+                controller.request(ev.ScaleRequested(rng.randint(setup.min_nodes, setup.max_nodes)))
+            case 2:
+                controller.request(ev.ResumeRequested())
+            case _:
+                nodes = controller.state.record.nodes.values() if controller.state is not None else ()
+                present = [node.node_id for node in nodes if node.state is not NodeState.LOST]
+                if present:
+                    controller.request(ev.DrainRequested(rng.choice(present)))
+
+    # -- in steps
+
+    def _duration_s(self) -> float:
+        rng = self.world.rng
+        return rng.choice((0.02, 0.3, 1.5, 5.0, 12.0)) * (0.5 + rng.random())
+
+    def _later(self, delay_s: float, call: Callable[..., object], *args: object) -> None:
+        self.world.scheduler.after(delay_s, call, *args)
+
+    def _until_done(self, event: ev.Event) -> None:
+        """People ask again while there is no controller."""
+        if not self.world.controller.up:
+            self._later(0.5, self._until_done, event)
+        else:
+            self.world.controller.request(event)
+
+    def _join(self) -> None:
+        if self.world.invariants.job_has_ended:
+            return
+        if self._nodes < 3 * _NODE_LIMIT and (self.over or self._nodes < _NODE_LIMIT):
+            self._nodes += 1
+            self.world.add_node(f"n{self._nodes}", self.world.rng.choice(self.world.setup.slots))
+
+    def _return(self, agent: Agent) -> None:
+        """The same node again: a new agent with the old name, and a key of its own."""
+        if self.world.invariants.job_has_ended:
+            return
+        if not any(other.alive and other.node_id == agent.node_id for other in self.world.agents):
+            self.world.add_node(agent.node_id, agent.slots)

@@ -1,0 +1,401 @@
+"""What must hold, whatever goes wrong; every fact of a schedule is checked here as it happens.
+
+The ledger knows what no part of the system does: which steps are committed, by the workers' own words, and who holds
+them. `tip` is the state after the latest committed step.
+
+Fencing      Nothing of a generation older than one that has committed a step counts: no report, no checkpoint.
+Lineage      A generation goes on from a state that contains every committed step. All its workers then hold that one.
+             Where it restores a checkpoint instead, nobody present held the committed steps.
+Committed    A committed step is undone only by restoring a checkpoint, and then only if it came after that.
+Cursor       Each position in the stream of samples is used exactly once in the history that survives.
+Ranks        One generation has one membership: ranks 0..n-1, each with one process. What `in_step` claims is true.
+Progress     What the controller is told never goes back, except to a restored checkpoint, and is committed.
+Checkpoints  A checkpoint is of a committed step. One that is restored belongs to the history that survives.
+Verdicts     While training goes on nobody is lost for a silence or a closed stream shorter than the limits.
+Liveness     When the faults have ended the job trains to its end, or rests in a phase whose reason holds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from core import invariants as decisions
+from simulation.histories import State
+from simulation.storage import Saved
+from stretto_controller.core import actions as ac
+from stretto_controller.core import events as ev
+from stretto_controller.core.actions import Decision
+from stretto_controller.core.model import JobState, NodeState, Phase
+from stretto_controller.core.report import Checkpoint
+from stretto_proto.v1 import training_pb2 as pb
+
+if TYPE_CHECKING:
+    from simulation.agent import Agent
+    from simulation.groups import Collective, Formation, Membership
+    from simulation.worker import Worker
+    from simulation.world import World
+
+_FREQUENT = (ev.NodeHeartbeat, ev.WorkerAlive)
+# Who hears that its generation is over leaves it within this, beside a step's computation and the storage's time.
+_LEAVE_LIMIT_S = 3.0
+
+
+class Broken(AssertionError):
+    """An invariant does not hold."""
+
+
+def require(holds: bool, what: str, *details: object) -> None:
+    """Raise Broken, in these words."""
+    if not holds:
+        raise Broken(what % details)
+
+
+class Invariants:
+    """The ledger, and the checks."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._tip: State = world.fresh
+        # The newest generation that has committed a step.
+        self._tip_generation = 0
+        # What generations restored, until their first commit.
+        self._restored: dict[int, State] = {}
+        self._memberships: dict[int, tuple[int, ...]] = {}
+        self._ranks: dict[tuple[int, int], int] = {}
+        self.job_has_ended = False
+        # Who was part of the job when it ended, and is to be released.
+        self._members_at_end: list[Agent] = []
+        # The latest step that the controller was told of.
+        self._told_step = 0
+        # When the controller was last spoken to on each stream.
+        self._heard_s: dict[str, float] = {}
+        # The controller lost its disk: what it decided before binds it no longer, and histories may branch.
+        self._forgotten = False
+
+    # -- the controller
+
+    def controller_forgot_everything(self) -> None:
+        self._forgotten = True
+        self._memberships.clear()
+        self._ranks.clear()
+
+    def controller_recovered(self, state: JobState) -> None:
+        if state.record.checkpoint is not None:
+            self._checkpoint_exists(state)
+
+    def decided(self, before: JobState | None, event: ev.Event, decision: Decision) -> None:
+        """The core has decided on an event."""
+        self._note_sign_of_life(event)
+        if isinstance(event, _FREQUENT):
+            return
+        world, state = self._world, decision.state
+        try:
+            decisions.check(before, decision, now_s=world.scheduler.now_s, limits=world.setup.limits)
+        except AssertionError as broken:
+            raise Broken(f"{broken} (after {event})") from None
+        progress = state.live.progress
+        if progress is not None and (before is None or progress is not before.live.progress):
+            self._told(progress.generation, progress.step, state)
+        checkpoint = state.record.checkpoint
+        if checkpoint is not None and before is not None and checkpoint is not before.record.checkpoint:
+            self._checkpoint_exists(state)
+            self._checkpoint_counts(before, checkpoint)
+        for action in decision.actions:
+            if isinstance(action, ac.BeginGeneration):
+                self._begun(decision, action)
+            elif isinstance(action, ac.LogEvent) and action.kind in ("node_lost", "workers_lost"):
+                self._verdict_is_just(before, decision, action)
+        if state.record.phase.finished and not self.job_has_ended:
+            self.job_has_ended = True
+            nodes = state.record.nodes
+            self._members_at_end = [agent for agent in world.agents if agent.alive and agent.node_id in nodes]
+        ends = state.record.target_reached or state.record.phase is Phase.SUCCEEDED
+        if ends and (before is None or not (before.record.target_reached or before.record.phase.finished)):
+            require(
+                self._tip.step >= world.setup.target_step or self._forgotten,
+                "the target counts as reached at the committed step %s of %s",
+                self._tip.step,
+                world.setup.target_step,
+            )
+
+    def _note_sign_of_life(self, event: ev.Event) -> None:
+        session_id = getattr(event, "session_id", None)
+        if session_id is not None and not isinstance(event, ev.StreamClosed | ev.WorkerStreamClosed):
+            self._heard_s[session_id] = self._world.scheduler.now_s
+
+    def _told(self, generation: int, step: int, state: JobState) -> None:
+        current = state.record.generation
+        require(
+            current is not None and current.number == generation,
+            "a report of generation %s was taken in generation %s",
+            generation,
+            current and current.number,
+        )
+        if self._forgotten:
+            return
+        require(step <= self._tip.step, "step %s was reported; committed is %s", step, self._tip)
+        require(step >= self._told_step, "the reports went back from step %s to %s", self._told_step, step)
+        self._told_step = step
+
+    def _checkpoint_counts(self, before: JobState, checkpoint: Checkpoint) -> None:
+        """The controller takes note of a checkpoint."""
+        generation = before.record.generation
+        newest = generation.number if generation is not None else before.record.next_generation - 1
+        require(
+            checkpoint.generation == newest,
+            "a checkpoint of generation %s was taken in generation %s",
+            checkpoint.generation,
+            newest,
+        )
+
+    def _checkpoint_exists(self, state: JobState) -> None:
+        checkpoint = state.record.checkpoint
+        assert checkpoint is not None
+        exists = any(
+            (saved.generation, saved.step) == (checkpoint.generation, checkpoint.step)
+            for saved in self._world.storage.checkpoints
+        )
+        require(exists, "the controller knows of a checkpoint that does not exist: %s", checkpoint)
+
+    def _verdict_is_just(self, before: JobState | None, decision: Decision, lost: ac.LogEvent) -> None:
+        assert before is not None
+        broken = before.live.failure_s is not None or any(
+            isinstance(action, ac.LogEvent) and action.kind == "generation_broken" for action in decision.actions
+        )
+        if before.record.phase is not Phase.RUNNING or broken or self._forgotten:
+            return
+        node = before.record.nodes[lost.node_id]
+        sessions = [w.session_id for w in before.live.workers.values() if w.node_id == lost.node_id]
+        if len(sessions) < node.slots or "a new agent has its name" in lost.reason:
+            return
+        agent = before.live.sessions.get(lost.node_id)
+        sessions += [agent.session_id] if agent is not None else []
+        now_s, limits = self._world.scheduler.now_s, self._world.setup.limits
+        silent_s = max(now_s - self._heard_s.get(session_id, 0.0) for session_id in sessions)
+        patience_s = min(limits.closed_stream_s, limits.missed_heartbeats * limits.heartbeat_interval_s)
+        require(
+            silent_s >= patience_s - 1e-6,
+            "while training went on, %s was lost %.2f s after it was heard",
+            lost.node_id,
+            silent_s,
+        )
+
+    def _begun(self, decision: Decision, begun: ac.BeginGeneration) -> None:
+        """A generation begins: from whose state?"""
+        generation = begun.generation
+        workers = {
+            action.rank: self._worker(action.session_id)
+            for action in decision.actions
+            if isinstance(action, ac.AssignWorker)
+        }
+        require(
+            sorted(workers) == list(range(generation.world_size)),
+            "generation %s gives out the ranks %s of %s",
+            generation.number,
+            sorted(workers),
+            generation.world_size,
+        )
+        if self._forgotten:
+            return
+        if generation.source_rank < 0:
+            self._nobody_holds_the_tip(decision.state, generation.number)
+            return
+        source = workers[generation.source_rank].holding
+        self._may_be_used(source)
+        require(
+            source.contains(self._tip),
+            "generation %s goes on from %s, which lacks committed steps: %s",
+            generation.number,
+            source,
+            self._tip,
+        )
+        if generation.in_step:
+            different = [worker.name for worker in workers.values() if worker.holding is not source]
+            require(not different, "generation %s is not in step: %s", generation.number, different)
+
+    def _nobody_holds_the_tip(self, state: JobState, number: int) -> None:
+        if self._tip.step == 0:
+            return
+        for session in state.live.workers.values():
+            node = state.record.nodes.get(session.node_id)
+            asks = session.ready is not None or session.generation == number
+            if session.closed or not asks or node is None or node.state is NodeState.LOST:
+                continue
+            worker = self._worker(session.session_id)
+            require(
+                not (worker.alive and worker.holding.contains(self._tip)),
+                "generation %s restores a checkpoint, though %s holds %s",
+                number,
+                worker.name,
+                self._tip,
+            )
+
+    def _worker(self, session_id: str) -> Worker:
+        name = session_id.split("#")[0]
+        return self._world.by_port[int(name.rsplit(".", 1)[1])]
+
+    # -- the workers
+
+    def assigned(self, worker: Worker, place: pb.WorkerAssignment) -> None:
+        """A worker has heard of its place."""
+        number, ports = place.generation, tuple(each.preflight_port for each in place.places)
+        known = self._memberships.setdefault(number, ports)
+        require(known == ports, "generation %s has two memberships: %s and %s", number, known, ports)
+        holder = self._ranks.setdefault((number, place.rank), worker.port)
+        require(holder == worker.port, "rank %s of generation %s was given to two workers", place.rank, number)
+        require(
+            place.rank < len(ports) and ports[place.rank] == worker.port,
+            "%s has rank %s of generation %s, where another process is expected",
+            worker.name,
+            place.rank,
+            number,
+        )
+
+    def cut_heard(self, worker: Worker, number: int) -> None:
+        """A worker was told that its generation is over: it leaves."""
+        limit_s = _LEAVE_LIMIT_S + 2 * self._world.setup.compute_s
+        self._world.scheduler.after(limit_s, self._has_left, worker, number)
+
+    def _has_left(self, worker: Worker, number: int) -> None:
+        if worker.alive and worker.always_ran_for(_LEAVE_LIMIT_S) and not self._forgotten:
+            require(worker.state.generation != number, "%s stays in generation %s, which is over", worker.name, number)
+
+    def contributed(
+        self, formation: Formation, collective: Collective, kind: str, by: Membership, content: Any
+    ) -> None:
+        """A rank takes part in an operation."""
+        require(
+            collective.kind == kind,
+            "in generation %s rank %s is at %s while others are at %s",
+            formation.number,
+            by.rank,
+            kind,
+            collective.kind,
+        )
+        if kind != "step":
+            return
+        self._may_be_used(content.state)
+        require(
+            content.cursor == content.state.end,
+            "%s is at sample %s with %s, which ends at %s",
+            by.worker.name,
+            content.cursor,
+            content.state,
+            content.state.end,
+        )
+        for rank, other in collective.contributions.items():
+            require(
+                other.state is content.state,
+                "in generation %s rank %s holds %s and rank %s holds %s",
+                formation.number,
+                rank,
+                other.state,
+                by.rank,
+                content.state,
+            )
+
+    def _may_be_used(self, state: State) -> None:
+        require(not state.torn, "a half transferred state is used: %s", state)
+
+    def checked(self, worker: Worker, contributions: dict[int, State]) -> None:
+        """All ranks have compared their states."""
+        require(
+            all(state is worker.holding for state in contributions.values()),
+            "generation %s begins with different states: %s",
+            worker.state.generation,
+            contributions,
+        )
+
+    def restored(self, worker: Worker, generation: int, saved: Saved | None) -> None:
+        """Rank 0 has loaded what the generation goes on from."""
+        state = saved.state if saved is not None else self._world.fresh
+        if not self._forgotten and generation >= self._tip_generation:
+            require(
+                self._tip.contains(state),
+                "generation %s restores %s, which is not in the history that survives: %s",
+                generation,
+                state,
+                self._tip,
+            )
+        self._restored[generation] = state
+
+    def committed(self, worker: Worker) -> None:
+        """A worker counts every step up to its committed one."""
+        generation = worker.state.generation
+        if generation < self._tip_generation or self._forgotten:
+            return
+        state = worker.holding.at(worker.state.committed_step)
+        require(state is not None, "%s commits a step that it has not done", worker.name)
+        assert state is not None
+        base = self._restored.pop(generation, None)
+        if base is not None and generation > self._tip_generation:
+            require(state.contains(base), "generation %s left what it restored", generation)
+            self._tip, self._told_step = state, min(self._told_step, base.step)
+        elif state.contains(self._tip):
+            self._tip = state
+        else:
+            require(
+                self._tip.contains(state),
+                "%s commits %s, but committed was %s",
+                worker.name,
+                state,
+                self._tip,
+            )
+        self._tip_generation = generation
+
+    def saved(self, worker: Worker, saved: Saved) -> None:
+        """A checkpoint has appeared."""
+        self._may_be_used(saved.state)
+        require(saved.cursor == saved.state.end, "%s saved another cursor than its state's", worker.name)
+        require(
+            self._tip.contains(saved.state) or self._forgotten,
+            "%s saved %s, but committed is %s",
+            worker.name,
+            saved.state,
+            self._tip,
+        )
+
+    def gives_up(self, worker: Worker) -> None:
+        """The controller chose this worker to save its state, as the last of the job; or it did, long ago."""
+        if not self._forgotten and worker.state.version.generation >= self._tip_generation:
+            require(worker.holding.contains(self._tip), "%s gives up without the committed %s", worker.name, self._tip)
+            self._tip = worker.holding
+
+    def finished(self, worker: Worker) -> None:
+        """A worker says that the target is reached; one of an old generation says it to nobody."""
+        old = worker.state.generation < self._tip_generation
+        require(
+            old or self._forgotten or (worker.holding is self._tip and self._tip.step == self._world.setup.target_step),
+            "%s finishes at %s; committed is %s",
+            worker.name,
+            worker.holding,
+            self._tip,
+        )
+
+    # -- the end
+
+    def rests(self) -> bool:
+        """Whether the job rests in a phase whose reason holds: nothing will happen until somebody comes or asks."""
+        state = self._world.controller.state
+        able = sum(agent.alive and not agent.leaving for agent in self._world.agents)
+        if state is None:
+            return able == 0
+        record = state.record
+        match record.phase:
+            case Phase.PAUSED:
+                return record.paused
+            case Phase.PENDING | Phase.WAITING:
+                return able < record.spec.min_nodes
+        return False
+
+    def must_rest(self) -> None:
+        """The time is over. Raise Broken."""
+        state = self._world.controller.state
+        where = "unknown" if state is None else f"{state.record.phase}: {state.record.reason}"
+        agents = [agent.name for agent in self._world.agents if agent.alive]
+        raise Broken(f"the job does not come to rest; it is {where}; {self._tip} is committed; alive: {agents}")
+
+    def everyone_was_released(self) -> None:
+        """The job has ended, and so have its agents."""
+        left = [agent.name for agent in self._members_at_end if agent.alive]
+        require(not left, "the job has ended, but not its agents %s", left)
