@@ -113,11 +113,11 @@ def _lines(entries: Iterable[dict[str, object]]) -> list[str]:
 
 
 _GOOD: list[dict[str, object]] = [
-    {"resumed_step": 0},
+    {"resumed_step": 0, "repeats_after": 0},
     {"step": 1, "epoch": 0, "indices": [2, 0]},
     {"step": 2, "epoch": 0, "indices": [1]},
     {"step": 3, "epoch": 1, "indices": [0, 1]},
-    {"resumed_step": 2},
+    {"resumed_step": 2, "repeats_after": 2},
     {"step": 3, "epoch": 1, "indices": [0, 1]},
     {"step": 4, "epoch": 1, "indices": [2]},
     {"step": 5, "epoch": 2, "indices": [1]},
@@ -126,6 +126,12 @@ _GOOD: list[dict[str, object]] = [
 
 def test_steps_that_a_restart_took_back_do_not_count_as_second_uses() -> None:
     assert used_exactly_once(_lines(_GOOD))
+
+
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_a_restart_repeats_the_latest_steps_that_may_not_have_been_written(written: int) -> None:
+    again = [{"resumed_step": 2, "repeats_after": 0}, *_GOOD[1:3]]
+    assert used_exactly_once(_lines([*_GOOD[: 1 + written], *again, *_GOOD[5:]]))
 
 
 @pytest.mark.parametrize(

@@ -12,17 +12,19 @@ from typing import Any
 class SampleLog:
     """Appends JSON lines to a file that outlives generations. Rank 0 writes.
 
-    A generation's first line says after which step its lines go on. One that began with a checkpoint
-    (`resumed_step`) gives up what earlier ones did after that step. A live one (`repeats_after`) gives up nothing: it
-    writes the latest steps once more, in case that an earlier rank 0 died before it could.
+    A generation first writes the latest steps once more (those after `repeats_after`), in case that an earlier rank 0
+    died before it could. A live one gives up nothing. One that began with a checkpoint (of step `resumed_step`) gives up
+    what earlier ones did after it.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, generation: int, resumed_step: int, restored: bool = True
+        self, path: str | os.PathLike[str], *, generation: int, repeats_after: int, resumed_step: int | None
     ) -> None:
+        """resumed_step: None for a live generation."""
         self._generation = generation
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        self._append({"resumed_step" if restored else "repeats_after": resumed_step})
+        resumed = {} if resumed_step is None else {"resumed_step": resumed_step}
+        self._append({**resumed, "repeats_after": repeats_after})
 
     def committed(self, step: int, epoch: int, indices: Sequence[int]) -> None:
         """One step."""
@@ -59,7 +61,7 @@ def effective_steps(lines: Iterable[str]) -> list[LoggedStep]:
     for line in lines:
         entry = json.loads(line)
         if "resumed_step" in entry:
-            steps = [step for step in steps if step.step <= entry["resumed_step"]]
+            steps = [step for step in steps if step.step <= entry["repeats_after"]]
         elif "step" in entry:
             step = LoggedStep(entry["generation"], entry["step"], entry["epoch"], tuple(entry["indices"]))
             same = [done for done in steps[-_REPEATED:] if done.step == step.step]

@@ -350,7 +350,12 @@ class ElasticTrainer:
             return
         position = self._position
         self._logged_step = position.step - len(position.recent)
-        self._log = SampleLog(path, generation=world.number, resumed_step=self._logged_step, restored=world.restored)
+        self._log = SampleLog(
+            path,
+            generation=world.number,
+            repeats_after=self._logged_step,
+            resumed_step=position.step if world.restored else None,
+        )
         self._log_committed(position.step)
 
     def _close_log(self) -> None:
