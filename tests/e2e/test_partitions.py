@@ -102,7 +102,7 @@ def test_who_is_cut_off_from_everyone_is_lost_and_joins_anew(network: Network, j
     job.agents.wait_for_steps(*NODES, world_size=3, newer_than=generation)
     first = next(row for row in job.agents.rows() if row.node == "n0" and row.generation > generation)
     assert first.step > alone, "its state is the others'"
-    assert first.pid == pid, "it had no reason to end"
+    assert first.pid == pid, job.agents.story("n0's worker had no reason to end")
 
 
 @pytest.mark.soak

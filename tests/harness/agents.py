@@ -212,8 +212,11 @@ class Agents:
             time.sleep(0.05)
 
     def story(self, what: str) -> str:
+        """For the words of a failure: what the agents and, where it runs beside them, the controller have said."""
         outputs = [f"--- {name}\n{self.output(name)[-STORY_LENGTH:]}" for name in self._processes]
-        return "\n".join([what, *outputs])
+        log = self.directory.parent / "controller.log"
+        said = log.read_text(errors="replace")[-STORY_LENGTH:] if log.exists() else ""
+        return "\n".join([what, *outputs, f"--- controller\n{said}"])
 
 
 def _parent(pid: int) -> int:

@@ -9,6 +9,7 @@ first. A file DIRECTORY/last-step holds the step that is to reach the target.
 import contextlib
 import faulthandler
 import json
+import logging
 import os
 import signal
 import sys
@@ -46,6 +47,7 @@ options: dict[str, Any] = {
 }
 node = os.environ["WORKER_NODE"]
 rows = open(Path(os.environ["WORKER_LOG_DIR"]) / f"{os.getpid()}.jsonl", "a", buffering=1)  # noqa: SIM115
+logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(name)s: %(message)s")
 faulthandler.register(signal.SIGUSR1)  # a test that fails asks where everybody is
 torch.set_num_threads(1)
 sending = False
