@@ -27,8 +27,12 @@ IN_A_CHANGE = ("ask", "before build", "after build", "broadcast", "load")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveJob]:
     """Three nodes that train together; a fixed global batch, so that the curve does not depend on their number."""
     directory: Path = tmp_path_factory.mktemp("job")
-    with ControllerProcess(directory) as controller, Agents(directory / "agents", controller.grpc) as agents:
-        job = LiveJob(directory, controller, agents, global_batch_size=12, batch_size=6, base_batch_size=12)
+    with (
+        ControllerProcess(directory) as controller,
+        Agents(directory / "agents", controller.grpc, named=True) as agents,
+    ):
+        live = {"ddp": {"bucket_cap_mb": 1e-4}}  # several buckets, small as the model is
+        job = LiveJob(directory, controller, agents, global_batch_size=12, batch_size=6, base_batch_size=12, live=live)
         for name in NAMES:
             job.start(name)
         yield job
@@ -60,6 +64,10 @@ def _in_turn(job: LiveJob, points: tuple[str, ...], kind: str) -> None:
         _strike(job, name, point, kind)
 
 
+def _slow(job: LiveJob) -> list[dict[str, str]]:
+    return [event for event in job.controller.ask("events", "job") if event["kind"] == "worker_slow"]
+
+
 def _nothing_is_lost(job: LiveJob) -> None:
     job.agents.wait_for_steps(*NAMES, world_size=3, newer_than=job.generation() - 1)
     assert job.check_samples() > 0
@@ -72,6 +80,20 @@ def test_a_worker_fails_at_any_point_of_a_step(job: LiveJob, kind: str) -> None:
     """A stopped one is ended by its agent, on the controller's word."""
     _in_turn(job, IN_A_STEP, kind)
     _nothing_is_lost(job)
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("point", ["forward", "bucket", "optimizer"])
+def test_who_holds_a_step_up_is_named_and_waited_for(job: LiveJob, point: str) -> None:
+    """In the midst of backward too, when its first bucket is on its way and its others are not."""
+    generation, known = job.generation(), len(_slow(job))
+    job.inject("n1", point, "sleep")
+    job.struck("n1")
+    job.until(lambda: len(_slow(job)) > known, "nobody is named")
+    assert [event["node_id"] for event in _slow(job)[known:]] == ["n1"]
+    held_up = job.step()
+    job.until(lambda: job.step() > held_up + 1, "it is not waited for")
+    assert job.generation() == generation
 
 
 @pytest.mark.timeout(400)

@@ -41,7 +41,7 @@ class LiveJob:
             self.agents.stretto_run(name, SCRIPT, *args, slots=slots, max_restarts=RESTARTS, reconfigure=None)
 
     def inject(self, name: str, point: str, kind: str, *, local_rank: int = 0, step: int = 0) -> None:
-        """Have a worker fail at a point: KILL, STOP, raise or memory."""
+        """Have a worker fail at a point: KILL, STOP, raise, memory, or sleep (for 4 s)."""
         path = self.directory / f"fault-{name}-{local_rank}"
         path.with_suffix(".new").write_text(json.dumps({"point": point, "kind": kind, "step": step}))
         path.with_suffix(".new").rename(path)

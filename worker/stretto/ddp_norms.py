@@ -3,7 +3,7 @@
 # Annotations stay objects here: DDP compares those of a communication hook with its own types.
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,13 @@ from stretto.norms import SqrNorm, sqr_norm, sum_sqr_norms
 from stretto.window import LocalSums, Window, to_vector
 
 CommHook = Callable[[Any, GradBucket], torch.futures.Future[Tensor]]
-AllReduce = Callable[[Tensor], torch.futures.Future[Any]]  # starts adding a tensor up over the ranks, in place
+
+
+class AllReduce(Protocol):
+    """Starts adding a tensor up over the ranks, in place."""
+
+    def __call__(self, tensor: Tensor, /, *, more: bool = False) -> torch.futures.Future[Any]:
+        """more: this rank has work of its own to do before it waits for the result."""
 
 
 class RankContributions:
@@ -74,7 +80,7 @@ class RankContributions:
         self._window.announce(samples, total)
         if total is None:
             counts = torch.tensor([float(samples)], dtype=torch.float64, device=self._device)
-            self._counting = (self._all_reduce(counts), counts)
+            self._counting = (self._all_reduce(counts, more=True), counts)
 
     def local_sums(self) -> LocalSums:
         """Return this rank's statistics since the last step."""
@@ -116,7 +122,7 @@ class RankContributions:
             if isinstance(weight, Tensor) or weight != 1.0:
                 buffer.mul_(weight)
         if self._comm_hook is None:
-            future = self._all_reduce(buffer)
+            future = self._all_reduce(buffer, more=not bucket.is_last())
         else:
             state, hook = self._comm_hook
             future = hook(state, bucket)
@@ -197,7 +203,7 @@ def _on_bucket(contributions: RankContributions, bucket: GradBucket) -> torch.fu
 
 
 def _through_torch(group: dist.ProcessGroup) -> AllReduce:
-    def all_reduce(tensor: Tensor) -> torch.futures.Future[Any]:
+    def all_reduce(tensor: Tensor, /, *, more: bool = False) -> torch.futures.Future[Any]:
         future: torch.futures.Future[Any] = dist.all_reduce(tensor, group=group, async_op=True).get_future()
         return future
 

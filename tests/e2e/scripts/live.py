@@ -21,7 +21,7 @@ import torch
 from stretto import ElasticTrainer
 from stretto.checkpoint import Checkpointer
 from stretto.group import Group, GroupLife
-from stretto.live import LiveSession
+from stretto.live import Generation, LiveSession
 from stretto.trainer_settings import TrainerSettings
 from stretto.transfer import fingerprint
 from torch.utils.data import TensorDataset
@@ -66,6 +66,9 @@ def strike(point: str, step: int) -> None:
         path.rename(path.with_name("done-" + path.name))
         if fault["kind"] == "raise":
             raise RuntimeError(f"injected at {point}")
+        if fault["kind"] == "sleep":
+            time.sleep(4.0)
+            return
         if fault["kind"] == "memory":
             os.write(2, b"out of memory\n")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -101,15 +104,16 @@ def trainer_step() -> int:
     return trainer.step if "trainer" in globals() else 0
 
 
-def hook(owner: type, name: str, before: str | None = None, after: str | None = None) -> None:
-    """Strike before or after a method."""
+def hook(owner: type, name: str, before: str | None = None, after: str | None = None, **only: Any) -> None:
+    """Strike before or after a method, where it is called with these keyword arguments."""
     original = getattr(owner, name)
 
     def replaced(*args: Any, **kwargs: Any) -> Any:
-        if before:
+        strikes = only.items() <= kwargs.items()
+        if before and strikes:
             strike(before, trainer_step())
         result = original(*args, **kwargs)
-        if after:
+        if after and strikes:
             strike(after, trainer_step())
         return result
 
@@ -118,6 +122,7 @@ def hook(owner: type, name: str, before: str | None = None, after: str | None = 
 
 hook(Group, "all_reduce", after="all_reduce")
 hook(Group, "broadcast", after="broadcast")
+hook(Generation, "all_reduce", after="bucket", more=True)
 hook(GroupLife, "build", before="before build", after="after build")
 hook(LiveSession, "ask", after="ask")
 

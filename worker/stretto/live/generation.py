@@ -207,9 +207,14 @@ class Generation:
         return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
 
     def all_reduce(
-        self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+        self, tensor: Tensor, /, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, *, more: bool = False
     ) -> torch.futures.Future[Tensor]:
-        """Start reducing a tensor over the ranks, in place; the future fails when the generation breaks."""
+        """Start reducing a tensor over the ranks, in place; the future fails when the generation breaks.
+
+        more: this rank has work of its own to do before it waits for the result, as in the middle of a backward.
+        """
+        if more:
+            return self._group.all_reduce(tensor, op)
         operation = self._clock.begin(time.monotonic())
         future = self._group.all_reduce(tensor, op)
         future.add_done_callback(lambda _: self._clock.end(operation, time.monotonic()))
@@ -354,4 +359,5 @@ class Generation:
 
 def _average(generation: Generation, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     """The mean over the ranks, through the group's own futures: a cut ends them at once."""
-    return generation.all_reduce(bucket.buffer().div_(generation.world_size))
+    mean = bucket.buffer().div_(generation.world_size)
+    return generation.all_reduce(mean, more=not bucket.is_last())
