@@ -1,10 +1,17 @@
-"""What holds for all tests: a GPU is used by those that ask for one, and by no others."""
+"""What holds for all tests: none is judged by the clock, and a GPU is used by those that ask for one, by no others."""
 
 from __future__ import annotations
 
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# The machine may be busy; and a failure is to be about the change, so the same examples are drawn each time.
+settings.register_profile(
+    "stretto", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True, print_blob=True
+)
+settings.load_profile("stretto")
 
 _MARKS = ("gpu", "gpus")
 

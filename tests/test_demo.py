@@ -130,7 +130,7 @@ def test_steps_that_a_restart_took_back_do_not_count_as_second_uses() -> None:
 
 @pytest.mark.parametrize("written", [0, 1, 2])
 def test_a_restart_repeats_the_latest_steps_that_may_not_have_been_written(written: int) -> None:
-    again = [{"resumed_step": 2, "repeats_after": 0}, *_GOOD[1:3]]
+    again: list[dict[str, object]] = [{"resumed_step": 2, "repeats_after": 0}, *_GOOD[1:3]]
     assert used_exactly_once(_lines([*_GOOD[: 1 + written], *again, *_GOOD[5:]]))
 
 
