@@ -19,7 +19,7 @@ SCRIPTS = Path(__file__).parents[1] / "e2e" / "scripts"
 # For one process start and one rendezvous on a busy machine.
 PATIENCE_S = 60.0
 # Of each agent's output, in the words of a failure.
-STORY_LENGTH = 8000
+STORY_LENGTH = 20_000
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class Agents:
         network: nodes run on its hosts of their names.
         """
         self.directory = directory
+        # Whether the script prints its stacks at a SIGUSR1.
+        self.tells_stacks = False
         self._network = network
         self._endpoint, self._job, self._nnodes, self._named = endpoint, job, nnodes, named
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -211,12 +213,29 @@ class Agents:
             )
             time.sleep(0.05)
 
+    def _listening(self) -> list[int]:
+        """Workers, and children of theirs, that print their stacks at a SIGUSR1."""
+        pids = []
+        for pid in self.left_over() if self.tells_stacks else []:
+            with suppress(OSError):
+                if any(argument.startswith(str(SCRIPTS)) for argument in _arguments(pid)[:3]):
+                    pids.append(pid)
+        return pids
+
     def story(self, what: str) -> str:
         """For the words of a failure: what the agents and, where it runs beside them, the controller have said."""
+        for pid in self._listening():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
+                time.sleep(0.2)
         outputs = [f"--- {name}\n{self.output(name)[-STORY_LENGTH:]}" for name in self._processes]
         log = self.directory.parent / "controller.log"
         said = log.read_text(errors="replace")[-STORY_LENGTH:] if log.exists() else ""
         return "\n".join([what, *outputs, f"--- controller\n{said}"])
+
+
+def _arguments(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
 
 
 def _parent(pid: int) -> int:

@@ -28,6 +28,7 @@ class LiveJob:
         self.directory = directory
         self.controller = controller
         self.agents = agents
+        agents.tells_stacks = True
         self._stock = stock
         self._options = json.dumps(options)
 

@@ -13,8 +13,8 @@ class SampleLog:
     """Appends JSON lines to a file that outlives generations. Rank 0 writes.
 
     A generation first writes the latest steps once more (those after `repeats_after`), in case that an earlier rank 0
-    died before it could. A live one gives up nothing. One that began with a checkpoint (of step `resumed_step`) gives up
-    what earlier ones did after it.
+    died before it could. A live one gives up nothing. One that began with a checkpoint, of step `resumed_step`, gives
+    up what earlier ones did after it.
     """
 
     def __init__(
