@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -17,7 +18,11 @@ _MARKS = ("gpu", "gpus")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide the GPUs from ordinary tests: what they start would use them, several processes one GPU."""
+    """Hide the GPUs from ordinary tests: what they start would use them, several processes one GPU.
+
+    And take up SIGINT, which a shell has its background jobs, and so all that the tests start, ignore.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if not _asked_for(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
