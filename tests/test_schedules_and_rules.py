@@ -194,7 +194,7 @@ def test_adamscale_takes_the_gain_from_gradients_as_adam_scales_them(optimizer: 
         gradients = [gradient_of(model, batch) for batch in batches]
         if step >= 5:
             moments = [
-                sum(0.01 * 0.99 ** (len(squares[:n]) - 1 - i) * s for i, s in enumerate(squares[:n]))
+                np.sum([0.01 * 0.99 ** (n - 1 - i) * s for i, s in enumerate(squares[:n])], axis=0)
                 for n in range(1, step + 1)
             ]
             moment = np.max(moments, axis=0) if amsgrad else moments[-1]
