@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from stretto.adascale import AdaScale
     from stretto.adascale_options import AdaScaleSettings
     from stretto.checkpoint import Checkpointer
+    from stretto.mixed_precision import MixedPrecision
     from stretto.sampler import ElasticSampler
     from stretto.trainer import ElasticTrainer, StepReport
 
@@ -22,6 +23,7 @@ _HOMES = {
     "Checkpointer": "stretto.checkpoint",
     "ElasticSampler": "stretto.sampler",
     "ElasticTrainer": "stretto.trainer",
+    "MixedPrecision": "stretto.mixed_precision",
     "StepReport": "stretto.trainer",
 }
 _MODULES = ("gain", "live", "rules")
@@ -32,6 +34,7 @@ __all__ = [
     "Checkpointer",
     "ElasticSampler",
     "ElasticTrainer",
+    "MixedPrecision",
     "StepReport",
     "gain",
     "live",

@@ -121,6 +121,7 @@ class ElasticTrainer:
                 batch_size=batch_size,
                 scheduler=scheduler,
                 rule=rule,
+                grad_scaler=self._settings.mixed_precision.grad_scaler,
                 settings=replace(self._settings.adascale, target_tau=self._target_tau),
             )
             if isinstance(self._membership, LiveSession) and self._settings.warm_up:
@@ -220,7 +221,8 @@ class ElasticTrainer:
         self._verify(world, state)
         self._saver.begin(world.number, first=world.rank == 0, step=step)
         self._begin_log()
-        self._stepper = Stepper(wrapped, self._optimizer, self._loss_fn, share, seed=self._position.seed)
+        seed, precision = self._position.seed, self._settings.mixed_precision
+        self._stepper = Stepper(wrapped, self._optimizer, self._loss_fn, share, seed=seed, precision=precision)
 
     def _verify(self, world: World | Generation, state: dict[str, Any]) -> None:
         """Raise Fatal unless all ranks hold the same state, bit by bit."""
@@ -266,12 +268,11 @@ class ElasticTrainer:
                 options=self._settings.dataloader,
                 device=self.device,
             )
-        stepper = self._stepper
-        assert stepper is not None, "steps are taken in a generation"
+        assert self._stepper is not None, "steps are taken in a generation"
         plan, batches = self._feed.next_step()
         due = self._saver.due(self._position.step + 1)
         with world.guarded():
-            outcome = stepper.take(
+            outcome = self._stepper.take(
                 self._position.step, len(plan.indices), batches, lambda: _with_save(world.wishes(), due)
             )
         self._count_skipped(outcome.skipped)
@@ -334,7 +335,7 @@ class ElasticTrainer:
             "optimizer": self._optimizer,
             "sampler": self._sampler,
             "training": self._position,
-            **self._settings.extra_state,
+            **self._settings.named_state(),
         }
 
     def _write_checkpoint(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from stretto.adascale_options import AdaScaleSettings
 from stretto.feed import check_options
 from stretto.live import LiveSettings
+from stretto.mixed_precision import MixedPrecision
 from stretto.session import SessionSettings
 
 
@@ -43,6 +44,8 @@ class TrainerSettings:
     sample_log: str | os.PathLike[str] | None = None
     # Objects with state_dict and load_state_dict that are saved, and handed on to joiners, by name.
     extra_state: Mapping[str, Any] = field(default_factory=dict)
+    # Autocast and the GradScaler, whose state is part of the state.
+    mixed_precision: MixedPrecision = field(default_factory=MixedPrecision)
     # In-process mode: a forward and a backward pass before anyone waits for this worker.
     warm_up: bool = True
     # In-process mode: compare all ranks' states, bit by bit, at the beginning of each generation.
@@ -56,6 +59,7 @@ class TrainerSettings:
         """Raise ValueError for a value that makes no sense."""
         self.session.validate()
         self.live.validate()
+        self.mixed_precision.validate()
         check_options(self.dataloader)
         for name in (
             "checkpoint_interval_s",
@@ -67,3 +71,9 @@ class TrainerSettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; it must be above 0")
+
+    def named_state(self) -> dict[str, Any]:
+        """What is saved and handed on beside the trainer's own: extra_state, and the GradScaler."""
+        scaler = self.mixed_precision.grad_scaler
+        scaled = {} if scaler is None or not scaler.is_enabled() else {"grad_scaler": scaler}
+        return {**self.extra_state, **scaled}
