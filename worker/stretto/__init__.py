@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stretto import gain, live, rules
+    from stretto import adasum, gain, live, rules
     from stretto.adascale import AdaScale
     from stretto.adascale_options import AdaScaleSettings
     from stretto.checkpoint import Checkpointer
@@ -24,7 +24,7 @@ _HOMES = {
     "ElasticTrainer": "stretto.trainer",
     "StepReport": "stretto.trainer",
 }
-_MODULES = ("gain", "live", "rules")
+_MODULES = ("adasum", "gain", "live", "rules")
 
 __all__ = [
     "AdaScale",
@@ -33,6 +33,7 @@ __all__ = [
     "ElasticSampler",
     "ElasticTrainer",
     "StepReport",
+    "adasum",
     "gain",
     "live",
     "rules",

@@ -37,8 +37,6 @@ def check_gradient(name: str, tensor: Tensor) -> None:
 
 def problem_of(name: str, tensor: Tensor) -> str:
     """What is wrong with it, or nothing."""
-    if not isinstance(tensor, Tensor):
-        return f"{name} is a {type(tensor).__name__}; allowed: tensors"
     if tensor.layout is not torch.strided:
         return (
             f"{name} is sparse ({tensor.layout}), which Adasum does not combine: make its gradient dense "

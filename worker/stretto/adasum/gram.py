@@ -32,7 +32,8 @@ def reduce_by_gram(
     grams = _summed(kernel.dots(rows, part), part, len(segments), transport)
     weights, marked = rank_weights(grams, leaves)
     kernel.weighted_sum(rows, part, weights[part.layers], mine)
-    result = np.einsum("lij,li,lj->l", grams, weights, weights)
+    with np.errstate(all="ignore"):
+        result = np.einsum("lij,li,lj->l", grams, weights, weights)
     if marked.any():
         result[marked] = refine(rows, part, np.flatnonzero(marked), leaves, transport, mine)
     transport.share(flat, bounds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +11,9 @@ from torch import Tensor
 from stretto.adasum.segments import Block, Part
 from stretto.adasum.tree import Floats
 
+# Vectors of one length: [rows, elements], or one tensor each.
+Rows = Tensor | list[Tensor]
+
 # Elements of one block over all rows: 1 MB in float64, which a core's own cache holds.
 _BLOCK_ELEMENTS = 1 << 17
 # On an accelerator a block is as long as its launch is worth: 128 MB in float64.
@@ -19,12 +21,12 @@ _ACCELERATOR_ELEMENTS = 1 << 24
 
 
 class Kernel(Protocol):
-    """`rows`: vectors of one length, one per gradient; `part`: the layers in them."""
+    """`rows`: one per gradient; `part`: the layers in them."""
 
-    def dots(self, rows: Sequence[Tensor], part: Part) -> Floats:
+    def dots(self, rows: Rows, part: Part) -> Floats:
         """[layers of the part, rows, rows]: the dot products."""
 
-    def weighted_sum(self, rows: Sequence[Tensor], part: Part, weights: Floats, out: Tensor) -> None:
+    def weighted_sum(self, rows: Rows, part: Part, weights: Floats, out: Tensor) -> None:
         """Overwrite `out`, which may be one of the rows, with sum_i weights[layer, i] * rows[i]."""
 
 
@@ -40,7 +42,7 @@ class CpuKernel:
         self._wide = torch.empty(rows, self._limit, dtype=torch.float64)
         self._sum = torch.empty(self._limit, dtype=torch.float64)
 
-    def dots(self, rows: Sequence[Tensor], part: Part) -> Floats:
+    def dots(self, rows: Rows, part: Part) -> Floats:
         count = len(rows)
         found = np.zeros((len(part.layers), count, count))
         for block in part.blocks(self._limit):
@@ -55,7 +57,7 @@ class CpuKernel:
                 found[block.first : block.last, row + 1 :, row] += sums[:, 1:]
         return found
 
-    def weighted_sum(self, rows: Sequence[Tensor], part: Part, weights: Floats, out: Tensor) -> None:
+    def weighted_sum(self, rows: Rows, part: Part, weights: Floats, out: Tensor) -> None:
         for block in part.blocks(self._limit):
             wide = self._widened(rows, block)
             total = self._sum[: block.stop - block.start]
@@ -68,7 +70,7 @@ class CpuKernel:
                 np.add.reduce(values, axis=0, out=total.numpy())
             out[block.start : block.stop].copy_(total)
 
-    def _widened(self, rows: Sequence[Tensor], block: Block) -> Tensor:
+    def _widened(self, rows: Rows, block: Block) -> Tensor:
         wide = self._wide[:, : block.stop - block.start]
         if isinstance(rows, Tensor):
             return wide.copy_(rows[:, block.start : block.stop])
@@ -84,7 +86,7 @@ class TorchKernel:
         self._limit = max(_ACCELERATOR_ELEMENTS // rows, 4096)
         self._device = device
 
-    def dots(self, rows: Sequence[Tensor], part: Part) -> Floats:
+    def dots(self, rows: Rows, part: Part) -> Floats:
         count = len(rows)
         found = torch.zeros(len(part.layers), count, count, dtype=torch.float64, device=self._device)
         for block in part.blocks(self._limit):
@@ -102,7 +104,7 @@ class TorchKernel:
         values: Floats = found.cpu().numpy()
         return values
 
-    def weighted_sum(self, rows: Sequence[Tensor], part: Part, weights: Floats, out: Tensor) -> None:
+    def weighted_sum(self, rows: Rows, part: Part, weights: Floats, out: Tensor) -> None:
         factors = torch.from_numpy(np.ascontiguousarray(weights)).to(self._device)
         for block in part.blocks(self._limit):
             wide = self._widened(rows, block)
@@ -113,5 +115,5 @@ class TorchKernel:
                 wide.mul_(torch.repeat_interleave(factors[block.first : block.last], lengths, dim=0).T)
             out[block.start : block.stop].copy_(wide.sum(dim=0))
 
-    def _widened(self, rows: Sequence[Tensor], block: Block) -> Tensor:
+    def _widened(self, rows: Rows, block: Block) -> Tensor:
         return torch.stack([row[block.start : block.stop].double() for row in rows])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, cast
 
 import numpy as np
@@ -35,6 +35,9 @@ class _Batch:
 
     indices: tuple[int, ...]
     segments: Segments
+    # Views into the flat vector, and where that was when they were made.
+    views: list[Tensor] = field(default_factory=list)
+    address: list[int] = field(default_factory=lambda: [0])
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ class Reducer:
         single = all(len(ranks) == 1 for ranks in self.leaves)
         if algorithm == "rvh" and not (single and transport.peers):
             raise ValueError(
-                'algorithm "rvh" combines single ranks that send to each other one by one; with nodes that are averaged '
-                'first, and in live workers, take "gram" or "auto"'
+                'algorithm "rvh" combines single ranks that send to each other one by one; take "gram" or "auto" with '
+                "nodes that are averaged first, and in live workers"
             )
         self._can_halve = single and transport.peers
         self._memory = Memory()
@@ -113,20 +116,25 @@ class Reducer:
             if flat is not None:
                 found.append(self.reduce_flat(flat, batch.segments, chosen))
                 continue
-            flat = self._memory.take("flat", batch.segments.total, members[0])
-            views = [
-                part.view(member.shape)
-                for part, member in zip(flat.split(batch.segments.sizes.tolist()), members, strict=True)
-            ]
+            flat, views = self._packed(batch, members)
             torch._foreach_copy_(views, members)
             found.append(self.reduce_flat(flat, batch.segments, chosen))
             torch._foreach_copy_(members, views)
         return joined(found)
 
+    def _packed(self, batch: _Batch, members: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The kept flat vector for these tensors, and what is theirs in it."""
+        flat = self._memory.take("flat", batch.segments.total, members[0])
+        if flat.data_ptr() != batch.address[0] or not batch.views:
+            batch.address[0] = flat.data_ptr()
+            parts = torch.split(flat, batch.segments.sizes.tolist())
+            batch.views[:] = [part.view(member.shape) for part, member in zip(parts, members, strict=True)]
+        return flat, batch.views
+
     def _layout_of(self, tensors: Sequence[Tensor], algorithm: str) -> tuple[_Layout | None, str]:
         """Found anew where anything differs from a list that was seen before."""
         for index, tensor in enumerate(tensors):
-            if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+            if tensor.layout is not torch.strided:
                 return None, problem_of(f"tensor {index}", tensor)
         key = (algorithm, tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors))
         layout = self._layouts.get(key)

@@ -1,4 +1,4 @@
-"""Adasum as the paper writes it, in one process and in float64: what the distributed algorithms are measured against."""
+"""Adasum as the paper writes it, in one process and in float64: the measure of the distributed algorithms."""
 
 from __future__ import annotations
 

@@ -7,17 +7,17 @@ ranks per level.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from torch import Tensor
 
+from stretto.adasum.kernels import Rows
 from stretto.adasum.segments import Indices, Part
 from stretto.adasum.transport import Transport
 from stretto.adasum.tree import (
     SMALLEST_SQR_NORM,
     Floats,
     Leaves,
+    Level,
     coefficients,
     leaf_counts,
     leaf_weights,
@@ -26,9 +26,7 @@ from stretto.adasum.tree import (
 )
 
 
-def refine(
-    rows: Sequence[Tensor], part: Part, layers: Indices, leaves: Leaves, transport: Transport, out: Tensor
-) -> Floats:
+def refine(rows: Rows, part: Part, layers: Indices, leaves: Leaves, transport: Transport, out: Tensor) -> Floats:
     """Overwrite these layers' elements in `out`, this rank's shard; returns |adasum|^2 of each layer.
 
     Every rank calls this with the same layers, whether or not its shard has elements of them.
@@ -37,28 +35,26 @@ def refine(
     places = [_place(part, where.get(int(layer))) for layer in layers]
     wide = [np.stack([row[place].double().cpu().numpy() for row in rows]) for place in places]
     powers = _powers(wide, transport)
-    nodes = [
-        leaf_weights(leaves, transport.world_size) @ np.ldexp(each, -power)
-        for each, power in zip(wide, powers, strict=True)
-    ]
+    first = leaf_weights(leaves, transport.world_size)
+    with np.errstate(all="ignore"):
+        nodes = [first @ np.ldexp(each, -power) for each, power in zip(wide, powers, strict=True)]
     counts = leaf_counts(leaves)
     with np.errstate(all="ignore"):
         smallest = np.ldexp(SMALLEST_SQR_NORM, -2 * powers)
         for level in levels(len(leaves)):
-            pairs = [members for members in level if len(members) == 2]
+            pairs = tuple(members for members in level if len(members) == 2)
             dots = np.stack([_dots(each, pairs) for each in nodes])
             transport.sum_(dots)
-            factors = [
-                coefficients(*dots[:, index].T, counts[a], counts[b], smallest=smallest)
-                for index, (a, b) in enumerate(pairs)
-            ]
+            factors = [_factors(dots[:, index], counts[a], counts[b], smallest) for index, (a, b) in enumerate(pairs)]
             nodes = [
-                np.stack([
-                    each[members[0]]
-                    if len(members) == 1
-                    else factors[index][0][layer] * each[members[0]] + factors[index][1][layer] * each[members[1]]
-                    for index, members in enumerate(level)
-                ])
+                np.stack(
+                    [
+                        each[members[0]]
+                        if len(members) == 1
+                        else factors[index][0][layer] * each[members[0]] + factors[index][1][layer] * each[members[1]]
+                        for index, members in enumerate(level)
+                    ]
+                )
                 for layer, each in enumerate(nodes)
             ]
             counts = merged_counts(counts, level)
@@ -83,7 +79,11 @@ def _powers(wide: list[Floats], transport: Transport) -> Indices:
     return np.where(np.isfinite(largest), powers, 0).astype(np.int64)
 
 
-def _dots(nodes: Floats, pairs: list[tuple[int, ...]]) -> Floats:
+def _factors(dots: Floats, leaves_a: float, leaves_b: float, smallest: Floats) -> tuple[Floats, Floats]:
+    return coefficients(dots[:, 0], dots[:, 1], dots[:, 2], leaves_a, leaves_b, smallest=smallest)
+
+
+def _dots(nodes: Floats, pairs: Level) -> Floats:
     """[pairs, 3]: a.b, |a|^2, |b|^2 over this rank's elements."""
     return np.array([
         [nodes[a] @ nodes[b], nodes[a] @ nodes[a], nodes[b] @ nodes[b]] for a, b in pairs

@@ -141,9 +141,7 @@ class _Halving:
         self._sum_over_slots(sums, distance)
         if distance == 1:
             single_a, single_b = (len(self._slots[slot]) == 1 for slot in sorted((self._slot, partner)))
-            self._leaves_sqr = (
-                sums[:, _LEAVES_SQR] + single_a * sums[:, _SQR_A] + single_b * sums[:, _SQR_B]
-            )
+            self._leaves_sqr = sums[:, _LEAVES_SQR] + single_a * sums[:, _SQR_A] + single_b * sums[:, _SQR_B]
         else:
             self._leaves_sqr = sums[:, _LEAVES_SQR]
         first = self._slot & ~(2 * distance - 1)

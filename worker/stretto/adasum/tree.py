@@ -105,7 +105,8 @@ def rank_weights(grams: Floats, leaves: Leaves) -> tuple[Floats, npt.NDArray[np.
                 longest = (np.abs(parts) @ lengths[:, :, None])[:, :, 0] ** 2
                 short = np.diagonal(inner, axis1=1, axis2=2) < _CANCELLED * longest
                 marked = marked | (short & (longest > SMALLEST_SQR_NORM)).any(axis=1)
-    return parts[:, 0, :], marked
+    weights: Floats = parts[:, 0, :]
+    return weights, np.asarray(marked)
 
 
 def _step_weights(inner: Floats, level: Level, counts: Floats) -> Floats:
@@ -115,13 +116,13 @@ def _step_weights(inner: Floats, level: Level, counts: Floats) -> Floats:
     double = [(index, *members) for index, members in enumerate(level) if len(members) == 2]
     for index, member in single:
         weights[:, index, member] = 1.0
-    index, first, second = _columns(double)
+    above, first, second = _columns(double)
     diagonal = np.diagonal(inner, axis1=1, axis2=2)
     of_first, of_second = coefficients(
         inner[:, first, second], diagonal[:, first], diagonal[:, second], counts[first], counts[second]
     )
-    weights[:, index, first] = of_first
-    weights[:, index, second] = of_second
+    weights[:, above, first] = of_first
+    weights[:, above, second] = of_second
     return weights
 
 
