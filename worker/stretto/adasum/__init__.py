@@ -20,11 +20,24 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
+from stretto.adasum.ddp import HookState, ddp_hook, local_hook
+from stretto.adasum.delta import DeltaOptimizer
 from stretto.adasum.reducer import ALGORITHMS, Algorithm, Reducer, checked_algorithm, reducer_of
 from stretto.adasum.reference import combine, pair
 from stretto.adasum.statistics import Statistics
 
-__all__ = ["Algorithm", "Reducer", "Statistics", "all_reduce_", "combine", "pair"]
+__all__ = [
+    "Algorithm",
+    "DeltaOptimizer",
+    "HookState",
+    "Reducer",
+    "Statistics",
+    "all_reduce_",
+    "combine",
+    "ddp_hook",
+    "local_hook",
+    "pair",
+]
 
 
 def all_reduce_(
