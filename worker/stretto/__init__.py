@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stretto import gain, live, rules
+    from stretto import adasum, gain, live, rules
     from stretto.adascale import AdaScale
     from stretto.adascale_options import AdaScaleSettings
     from stretto.checkpoint import Checkpointer
@@ -26,7 +26,7 @@ _HOMES = {
     "MixedPrecision": "stretto.mixed_precision",
     "StepReport": "stretto.trainer",
 }
-_MODULES = ("gain", "live", "rules")
+_MODULES = ("adasum", "gain", "live", "rules")
 
 __all__ = [
     "AdaScale",
@@ -36,6 +36,7 @@ __all__ = [
     "ElasticTrainer",
     "MixedPrecision",
     "StepReport",
+    "adasum",
     "gain",
     "live",
     "rules",
