@@ -115,10 +115,21 @@ def test_a_new_connection_says_again_what_waits_for_an_answer() -> None:
 
 
 def test_sigterm_means_drain_only_where_there_is_work_to_leave_in_order() -> None:
-    assert _state().on_sigterm() is OnSigterm.EXIT
-    state = _running(3)
-    assert state.on_sigterm() is OnSigterm.DRAIN
+    assert _state().on_sigterm(broken=True) is OnSigterm.EXIT
+    state = _running(3, step=0)
+    assert state.on_sigterm(broken=True) is OnSigterm.EXIT, "its peers are gone, and it has done nothing yet"
+    assert state.on_sigterm(broken=False) is OnSigterm.DRAIN
     assert state.drain().draining.generation == 3
     assert [message.WhichOneof("body") for message in state.opening()] == ["hello", "draining"]
     state.hear(pb.TrainResponse(cut=pb.CutGeneration(generation=3, reason="broken")))
-    assert state.on_sigterm() is OnSigterm.EXIT
+    assert state.on_sigterm(broken=False) is OnSigterm.EXIT
+
+
+def test_who_keeps_steps_in_memory_asks_before_it_goes() -> None:
+    state = _running(3, step=10)
+    state.hear(pb.TrainResponse(cut=pb.CutGeneration(generation=3, reason="broken")))
+    assert state.on_sigterm(broken=True) is OnSigterm.DRAIN
+    state.ask(failed=True)
+    assert state.on_sigterm(broken=True) is OnSigterm.DRAIN, "it waits, and may be the last that has them"
+    state.refused = True
+    assert state.on_sigterm(broken=True) is OnSigterm.EXIT

@@ -96,7 +96,7 @@ def _so_far(summary: GenerationSummary, progress: Progress, first_tau: float) ->
         steps=steps,
         mean_gain=progress.generation_gain_sum / steps if steps else 0.0,
         effective_lr=progress.effective_lr[0] if progress.effective_lr else 0.0,
-        first_tau=first_tau,
+        first_tau=min(first_tau, progress.tau),
         last_tau=progress.tau,
         pause_s=progress.pause_s or summary.pause_s,
     )

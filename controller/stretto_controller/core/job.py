@@ -53,6 +53,7 @@ def next_wake_s(state: JobState, limits: Limits) -> float | None:
         live.settle_until_s,
         live.change_limit_s,
         live.waiting_until_s,
+        live.holder_until_s,
     ]
     return min((t for t in times if t is not None), default=None)
 

@@ -61,6 +61,7 @@ def hello(draft: Draft, event: ev.WorkerHello) -> None:
         take_ready(draft, worker, event.ready)
     elif event.generation and not current:
         _fence(draft, event.session_id, event.generation)
+        readiness.change_worker(draft, event.session_id, cut_s=draft.now_s)
     elif current:
         _tell_of_the_change(draft, worker)
 
@@ -257,6 +258,7 @@ def finished(draft: Draft, event: ev.WorkerFinished) -> None:
     if _current(draft, event.session_id) is None or draft.record.target_reached:
         return
     draft.update(target_reached=True)
+    draft.set_live(target_s=draft.now_s)
     draft.log("target_reached", f"tau {event.tau:.1f} reached at step {event.step}")
 
 

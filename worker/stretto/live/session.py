@@ -289,10 +289,12 @@ class LiveSession:
                     raise GivenUp(self.state.give_up_reason)
                 limit_s = None
                 if self._terminated:
-                    limit_s = self._left_s + self._settings.farewell_limit_s - time.monotonic()
-                    if self.state.request is not None and self.state.request.failed:
-                        limit_s = 0.0
-                    if self._lost_after_ask or limit_s <= 0:
+                    # Who keeps a state has the watching thread's limit for the controller's word: go, or save it first.
+                    if not self.state.keeps_state:
+                        limit_s = self._left_s + self._settings.farewell_limit_s - time.monotonic()
+                        if self.state.request is not None and self.state.request.failed:
+                            limit_s = 0.0
+                    if self._lost_after_ask or (limit_s is not None and limit_s <= 0):
                         raise SystemExit(0)
                 self._changed.wait(limit_s)
             return assignment
@@ -386,9 +388,11 @@ class LiveSession:
         with self._changed:
             broken = self._generation is None or self._generation.broken
             giving_up = self.state.give_up_reason is not None
-            drain = not broken and self.state.on_sigterm() is OnSigterm.DRAIN
+            drain = self.state.on_sigterm(broken=broken) is OnSigterm.DRAIN
             message = self.state.drain() if drain else None
             self._terminated = True
+            # A connection that was lost before is no answer to this.
+            self._lost_after_ask = False
             self._changed.notify_all()
         if message is not None:
             _log.info("SIGTERM: asking the controller to drain this node")
