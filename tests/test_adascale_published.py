@@ -73,6 +73,7 @@ def test_gradients_are_left_as_torch_accumulates_them() -> None:
         assert model.weight.grad.tolist() == [[0.0, float(count)]] * 2
     ada.step()
     assert ada.gain == pytest.approx(1.0)
+    assert model.weight.grad is not None
     assert model.weight.grad.tolist() == [[0.0, 2.0]] * 2
 
 
@@ -113,7 +114,7 @@ DIMS, RUNS = 10, 400
 
 def bound(tau: float) -> float:
     """Theorem 1, and for AdaScale theorem 2: E[F] - F* after tau scale-invariant iterations is at most this."""
-    return (1 - GAMMA) ** tau * START + FLOOR
+    return float((1 - GAMMA) ** tau * START + FLOOR
 
 
 def suboptimality(rule: Callable[[rules.RuleState, float], rules.RuleStep], scale: int, seed: int) -> Array:
