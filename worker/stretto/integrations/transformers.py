@@ -47,7 +47,7 @@ class AdaScaleCallback(TrainerCallback, ExportableState):
         return self._optimizer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Take the optimizer's and the scheduler's place, with the checkpoint's state where training goes on from one."""
+        """Take the optimizer's and the scheduler's place, with a checkpoint's state if training goes on from one."""
         trainer = self._trainer
         if self._target_tau is None:
             if args.max_steps <= 0:
