@@ -114,7 +114,8 @@ DIMS, RUNS = 10, 400
 
 def bound(tau: float) -> float:
     """Theorem 1, and for AdaScale theorem 2: E[F] - F* after tau scale-invariant iterations is at most this."""
-    return float((1 - GAMMA) ** tau * START + FLOOR)
+    contracted: float = (1 - GAMMA) ** tau
+    return contracted * START + FLOOR
 
 
 def suboptimality(rule: Callable[[rules.RuleState, float], rules.RuleStep], scale: int, seed: int) -> Array:

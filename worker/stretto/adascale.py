@@ -190,6 +190,10 @@ class AdaScale(WrappedOptimizer):
             )
         self._bound().announce(n, total)
 
+    def ignore_statistics(self) -> None:
+        """Leave the next step out of the averages, on every rank; call it before the step's first backward."""
+        self._measure.active = False
+
     def set_agreement(self, values: Sequence[float]) -> None:
         """Attach numbers to the all-reduce of each following step; `agreed` then holds their sums over the ranks.
 

@@ -28,7 +28,7 @@ class Schedule:
         if isinstance(scheduler, ReduceLROnPlateau):
             raise ValueError("ReduceLROnPlateau follows a metric, not tau; step it yourself and pass no scheduler")
         if isinstance(scheduler, LRScheduler):
-            if scheduler.optimizer is not optimizer:
+            if scheduler.optimizer.param_groups is not optimizer.param_groups:  # a wrapper of it would do
                 raise ValueError("scheduler belongs to another optimizer; make it with the optimizer given to AdaScale")
             self._scheduler = scheduler
         elif callable(scheduler):

@@ -27,6 +27,7 @@ from stretto.rules import Rule
 from stretto.sample_log import SampleLog
 from stretto.sampler import ElasticSampler
 from stretto.saver import Saved, Saver
+from stretto.schedule import LrAt
 from stretto.step import LossFunction, Outcome, Stepper
 from stretto.trainer_settings import TrainerSettings
 from stretto.transfer import fingerprint
@@ -57,8 +58,8 @@ class ElasticTrainer:
     `optimizer`: any torch optimizer of the model's parameters; AdaScale goes around it. `dataset`: map-style.
     `loss_fn(model, batch) -> loss`: the mean over the batch's samples. `base_batch_size`: what the schedule was
     written for. `batch_size`: samples per worker and step, so that S follows the workers; at most so many per
-    micro-batch where `global_batch_size` is given, which fixes S. `scheduler`: of the optimizer; stepped once
-    per integer of tau. `checkpoint`: a Checkpointer, or where to make one.
+    micro-batch where `global_batch_size` is given, which fixes S. `scheduler`: of the optimizer, stepped once
+    per integer of tau; or a function of tau. `checkpoint`: a Checkpointer, or where to make one.
 
     Start the script with torchrun for several workers. With `--rdzv-backend=stretto` workers come and go: in
     in-process mode this process lives through it, and the most advanced worker gives its state to all; in restart
@@ -77,7 +78,7 @@ class ElasticTrainer:
         batch_size: int,
         target_tau: float,
         global_batch_size: int | None = None,
-        scheduler: LRScheduler | None = None,
+        scheduler: LRScheduler | LrAt | None = None,
         checkpoint: Checkpointer | str | os.PathLike[str] | None = None,
         rule: str | Rule = "adascale",
         settings: TrainerSettings | None = None,
