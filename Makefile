@@ -25,7 +25,7 @@ $(GENERATORS): proto/requirements.txt tools/make_venv.sh
 	touch $@
 
 $(TOOLS): tools/debian_packages.sh | $(STAMP)
-	tools/debian_packages.sh ip=iproute2
+	tools/debian_packages.sh ip=iproute2 prometheus=prometheus promtool=prometheus chromium=chromium
 	touch $@
 
 demo: $(STAMP) ## train a small CNN on MNIST while nodes come, die and drain (under 4 minutes)
