@@ -8,7 +8,6 @@ from typing import Annotated
 from fastapi import FastAPI, Header, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
-from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
@@ -40,7 +39,7 @@ def build_app(runner: Runner, limits: ServiceLimits) -> FastAPI:
     app.add_middleware(BodyLimit, size_bytes=limits.body_size_bytes)
     _answer_errors(app)
     _add_health(app, runner)
-    _add_metrics(app, metrics.registry(runner, limits.finished_series_s))
+    _add_metrics(app, runner, limits.finished_series_s)
     _add_jobs(app, runner)
     _add_events(app, Watchers(runner, limits.max_watchers))
     page = files("stretto_controller.web").joinpath("page.html").read_text(encoding="utf-8")
@@ -95,12 +94,14 @@ def _add_health(app: FastAPI, runner: Runner) -> None:
         return schema.Health(status="not ready", reason=reason)
 
 
-def _add_metrics(app: FastAPI, registry: CollectorRegistry) -> None:
+def _add_metrics(app: FastAPI, runner: Runner, finished_series_s: float) -> None:
     @app.get("/metrics")
     async def scrape(accept: Annotated[str, Header()] = "") -> Response:
         """For Prometheus: its text format, or OpenMetrics when asked for."""
-        encode, content_type = choose_encoder(accept)
-        return Response(encode(registry), headers={"Content-Type": content_type})
+        _, content_type = choose_encoder(accept)
+        openmetrics = content_type.startswith("application/openmetrics-text")
+        text = metrics.exposition(runner, finished_series_s, openmetrics=openmetrics)
+        return Response(text, headers={"Content-Type": content_type})
 
 
 def _add_jobs(app: FastAPI, runner: Runner) -> None:
