@@ -114,6 +114,27 @@ def live_who_hangs_after_the_target_does_not_keep_the_job_from_its_end() -> Stor
 
 
 @STORIES.tell
+def live_a_lone_worker_that_stays_away_is_ended() -> Story:
+    """Its process is stopped, and its stream ended with the controller's restart; its agent sees nothing wrong."""
+    s = _job(1, 1)
+    s.lives("n0")
+    s.live_steps("n0/0", 10)
+    s.crashes_and_recovers()
+    s.hello("n0")
+    s.passes(30)
+    return s
+
+
+@STORIES.tell
+def live_of_two_that_cannot_reach_each_other_the_one_with_the_state_stays() -> Story:
+    """n0 came first; but it has never had the state."""
+    s = _two_at_step_10()
+    s.asks("n0/0", step=0, failed=True, unreachable=(1,))
+    s.asks("n1/0", step=10, failed=True, unreachable=(0,))
+    return s
+
+
+@STORIES.tell
 def live_two_join_at_once() -> Story:
     s = _two_at_step_10(max_nodes=4)
     s.lives("n2", "n3")

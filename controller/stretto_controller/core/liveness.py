@@ -47,7 +47,11 @@ def lost_at_s(record: Record, live: Live, node: Node, limits: Limits) -> float |
         return broken_s
     workers_s = _silent_s(record, live, node, workers, limits)
     # Its agent sees processes end, and says how. Until it does, a closed stream is a blip, or a worker that is done.
-    return workers_s if workers.closed_s is None else max(workers_s, agent_s)
+    if workers.closed_s is None:
+        return workers_s
+    # One that stays away for very long, where no steps show that it trains, is stopped, or hangs.
+    since_s = max(workers.closed_s, live.step_advanced_s or 0.0)
+    return min(max(workers_s, agent_s), since_s + limits.hang_limit_s)
 
 
 def idle_lost_at_s(record: Record, live: Live, node: Node, limits: Limits) -> float:

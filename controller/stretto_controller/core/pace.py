@@ -117,7 +117,9 @@ def _lag(worker: WorkerSession, witness: WorkerSession, step: int, limits: Limit
     slow_after_s = max(limits.slow_factor * median_s, limits.slow_least_s)
     fresh_until_s = witness.paced_s + late_after_s
     slow_s = max(since_s + slow_after_s, known_s)
-    hung_s = max(since_s + max(limits.hang_limit_s, slow_after_s), known_s)
+    # Before its first beat on a new stream nothing is known of it: to be ended for that takes more than a late beat.
+    silent_s = worker.paced_s if behind else worker.paced_s + limits.missed_heartbeats * limits.heartbeat_interval_s
+    hung_s = max(since_s + max(limits.hang_limit_s, slow_after_s), silent_s)
     said = worker.slow_step == step or median_s == 0
     return Lag(
         worker,

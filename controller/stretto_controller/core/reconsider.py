@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from stretto_controller.core import eviction, holders, partition, readiness, rendezvous
+from stretto_controller.core import eviction, holders, readiness, rendezvous
 from stretto_controller.core.draft import Draft
 from stretto_controller.core.model import FINISHED, Cause, Change, Node, NodeState, Phase
 from stretto_controller.core.roster import Roster
@@ -37,7 +37,7 @@ def _gathering(draft: Draft) -> None:
         return
     if _nobody_can_come_back(draft):
         return
-    waiting = partition.keep_apart(draft, rendezvous.waiting_nodes(draft))
+    waiting = rendezvous.together(draft, rendezvous.waiting_nodes(draft))
     if len(waiting) < record.spec.min_nodes:
         draft.set_live(settle_until_s=None, settle_limit_s=None)
         if holders.holders(draft):

@@ -82,7 +82,16 @@ def choose(draft: Draft, *, though_paused: bool = False) -> list[Node]:
     staying = [n for n in draft.members() if n.state is NodeState.ACTIVE and not n.succeeded]
     known = {n.node_id for n in draft.members()}
     waiting = [n for n in waiting_nodes(draft) if n.node_id not in known]
-    return with_the_state(draft, partition.keep_apart(draft, staying + waiting))
+    return with_the_state(draft, together(draft, staying + waiting))
+
+
+def together(draft: Draft, nodes: Sequence[Node]) -> list[Node]:
+    """Those of the nodes that can all reach each other."""
+    newest = max(draft.record.lineage, Version(0, 1))
+    # Those who train hold it, all of them.
+    train = draft.record.phase is Phase.RUNNING
+    holding = [] if train else [n.node_id for n in nodes if readiness.version(draft, n) >= newest]
+    return partition.keep_apart(draft, nodes, holding)
 
 
 def with_the_state(draft: Draft, nodes: Sequence[Node]) -> list[Node]:
