@@ -305,7 +305,12 @@ class Invariants:
             if session.closed or not asks or node is None or node.state is NodeState.LOST:
                 continue
             worker = self._worker(session.session_id)
-            if worker.state.version.generation < self._newest_restoring:
+            stale = worker.state.version.generation < self._newest_restoring
+            if stale or not all(sibling.alive for sibling in worker.agent.workers):
+                # The node is the unit of failure.
+                continue
+            if sum(session.node_id in pair for pair in state.live.apart) >= 2:
+                # Of a partition the larger side goes on.
                 continue
             require(
                 not (worker.alive and worker.holding.contains(self._tip)),

@@ -138,7 +138,7 @@ def _nothing(_: Any) -> Any:
 
 
 def _everybody(_: Any) -> Any:
-    return lambda draft, nodes: list(nodes)
+    return lambda draft, nodes, holding: list(nodes)
 
 
 def _everyone_is_ready(_: Any) -> Any:

@@ -86,7 +86,7 @@ class Worker:
 
     def always_ran_for(self, seconds: float) -> bool:
         """It neither was frozen nor hung for so long."""
-        return not self.frozen and self.world.scheduler.now_s - self._froze_s >= seconds
+        return not self.frozen and self.world.scheduler.now_s - max(self._froze_s, self.busy_until_s) >= seconds
 
     @property
     def hangs_for_good(self) -> bool:
