@@ -66,6 +66,8 @@ class Invariants:
     def __init__(self, world: World) -> None:
         self._world = world
         self._tip: State = world.fresh
+        # What was committed when each generation began from somebody's state.
+        self._bases: dict[int, State] = {}
         # The newest generation that began with a checkpoint: what others held before is stale from then on.
         self._newest_restoring = 0
         # The newest generation that has committed a step.
@@ -285,6 +287,13 @@ class Invariants:
             return
         source = workers[generation.source_rank].holding
         self._may_be_used(source)
+        unseen = decision.state.record.lineage.generation < self._tip_generation
+        base = self._bases.get(self._tip_generation)
+        if unseen and self._tip.generation == self._tip_generation and base is not None and source.contains(base):
+            # The controller never heard of a step of that generation: nothing of it counts once a newer one begins.
+            self._tip, self._tip_generation = base, generation.number
+            self._told_step = min(self._told_step, base.step)
+        self._bases[generation.number] = self._tip
         require(
             source.contains(self._tip),
             "generation %s goes on from %s, which lacks committed steps: %s",

@@ -34,7 +34,7 @@ class Mutation:
     target: Any
     name: Any
     make: Callable[[Any], Any]
-    seeds: int = 400
+    seeds: int = 800
 
 
 @contextmanager
