@@ -113,7 +113,8 @@ class Variant:
             next(self.feed)
         dist.barrier()
         cuda = self.device.type == "cuda"
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if cuda else []
+        event: Any = torch.cuda.Event  # untyped in torch
+        events = [event(enable_timing=True) for _ in range(2)] if cuda else []
         if cuda:
             torch.cuda.synchronize()
             events[0].record()

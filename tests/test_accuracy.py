@@ -31,6 +31,7 @@ def compare(problem: Problem, seeds: int) -> None:
     assert accuracies[32, "linear_warmup"] < alone - 1.0
 
 
+@pytest.mark.timeout(600)  # 20 s of an idle core
 def test_digits_are_learned_as_well_at_a_scale_of_32() -> None:
     compare(digits(), seeds=3)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from gain_oracle import GainOracle
-from stretto import AdaScale, rules
+from stretto import AdaScale, adasum, rules
 from stretto.adascale_options import AdaScaleSettings
 from torch import Tensor, nn
 from toy_regression import (
@@ -263,6 +263,7 @@ def bad_constructions() -> dict[str, tuple[Callable[[], Any], str]]:
     other = torch.optim.SGD(make_model().parameters(), lr=LR)
     schedule = torch.optim.lr_scheduler
     lbfgs = torch.optim.LBFGS(model.parameters())
+    deltas = adasum.DeltaOptimizer(torch.optim.SGD(model.parameters(), lr=LR))
     plateau = schedule.ReduceLROnPlateau(inner)
 
     def build(optimizer: Any = inner, **options: Any) -> Callable[[], Any]:
@@ -278,6 +279,8 @@ def bad_constructions() -> dict[str, tuple[Callable[[], Any], str]]:
         "accumulation 0": (build(accumulation_steps=0), "accumulation_steps is 0"),
         "not an optimizer": (build(optimizer=model), "is a Sequential"),
         "wrapped twice": (build(optimizer=make(model)), "is an AdaScale already"),
+        "Adasum's deltas": (lambda: AdaScale(deltas, model, base_batch_size=4), "AdaScale or Adasum, not both"),
+        "Adasum's hook": (build(comm_hook=adasum.ddp_hook), "AdaScale or Adasum, not both"),
         "no parameters": (lambda: AdaScale(inner, nn.Identity(), base_batch_size=4), "model has no parameters"),
         "another model": (build(optimizer=other), "are not the model's"),
         "another schedule": (build(scheduler=schedule.StepLR(other, 1)), "belongs to another optimizer"),

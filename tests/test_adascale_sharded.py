@@ -39,6 +39,9 @@ RUNS = {
 }
 ALSO_EACH = {"synchronised_each_time": Run((PAIRS,) * 3, accumulation=2, sync="each")}
 KINDS = ("fsdp", "hsdp")
+HALF = {
+    f"reduced_in_{str(dtype)[6:]}": Run((EQUAL,) * 3, reduce_dtype=dtype) for dtype in (torch.bfloat16, torch.float16)
+}
 
 
 def refused(rank: int) -> list[str]:
@@ -98,6 +101,9 @@ def work_of_four_ranks(rank: int) -> dict[str, Any]:
     for name, run in ALSO_EACH.items():
         for kind in ("ddp", "fsdp"):
             results[f"{name} {kind}"] = take_run(kind, run, rank)
+    for name, run in HALF.items():
+        for kind in ("ddp", *KINDS):
+            results[f"{name} {kind}"] = take_run(kind, run, rank)
     results["refused"] = refused(rank)
     results["released"] = released(rank)
     dist.barrier()
@@ -123,6 +129,14 @@ def test_the_gain_of_sharded_models_is_ddps(name: str, kind: str, four_ranks: li
     assert got["skipped"] == expected["skipped"]
     np.testing.assert_allclose(got["statistics"], expected["statistics"], rtol=1e-4, atol=1e-8)
     np.testing.assert_allclose(got["parameters"], expected["parameters"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_may_be_reduced_in_half_precision(name: str, kind: str, four_ranks: list[dict[str, Any]]) -> None:
+    expected, got = four_ranks[0][f"{name} ddp"], four_ranks[0][f"{name} {kind}"]
+    assert got["gains"] == pytest.approx(expected["gains"], rel=0.02)
+    np.testing.assert_allclose(got["statistics"], expected["statistics"], rtol=0.05)
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)

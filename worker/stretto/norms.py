@@ -24,7 +24,9 @@ def sqr_norm(tensor: Tensor) -> SqrNorm:
         wide = torch.float32 if flat.dtype in (torch.float16, torch.bfloat16) else None
         norm: Tensor = torch.linalg.vector_norm(flat, dtype=wide)
         return norm.double().square()
-    return sum_sqr_norms(_cpu_sqr_norm(chunk) for chunk in torch.split(flat, _CHUNK)) if flat.numel() else 0.0
+    if flat.numel() <= _CHUNK:
+        return _cpu_sqr_norm(flat)
+    return sum(_cpu_sqr_norm(chunk) for chunk in torch.split(flat, _CHUNK))
 
 
 def sqr_norm_then_scale_(flat: Tensor, weight: SqrNorm) -> SqrNorm:
