@@ -33,6 +33,7 @@ NAMES = [
     "stretto_scale_ratio",
     "stretto_gradient_variance",
     "stretto_gradient_sqr_norm",
+    "stretto_adasum_orthogonality_ratio",
     "stretto_progress_rate",
     "stretto_remaining_seconds",
     "stretto_loss",
@@ -149,6 +150,7 @@ async def test_the_workers_figures_are_exported_as_they_came(bench: Bench) -> No
         sqr_norm=7.0,
         samples=96,
         step_seconds=Histogram((0.1, 1.0), (2, 3), 3, 0.9),
+        orthogonality=(0.5, 0.75, 1.0),
     )
     bench.runner.submit("a", WorkerProgressed("a-w", report))
     await bench.store.finish()
@@ -162,6 +164,8 @@ async def test_the_workers_figures_are_exported_as_they_came(bench: Bench) -> No
     assert value(series, "stretto_scale_ratio") == 1.0
     assert value(series, "stretto_gradient_variance") == -2.0
     assert value(series, "stretto_gradient_sqr_norm") == 7.0
+    for quantile, ratio in (("0", 0.5), ("0.5", 0.75), ("1", 1.0)):
+        assert value(series, "stretto_adasum_orthogonality_ratio", quantile=quantile) == ratio
     assert value(series, "stretto_steps_total") == 3
     assert value(series, "stretto_samples_total") == 96
     assert value(series, "stretto_step_seconds_bucket", le="0.1") == 2
@@ -308,6 +312,7 @@ def test_only_labels_of_the_design_are_used() -> None:
     assert labels == {
         "stretto_effective_learning_rate": ("group",),
         "stretto_base_learning_rate": ("group",),
+        "stretto_adasum_orthogonality_ratio": ("quantile",),
         "stretto_nodes": ("state",),
         "stretto_phase": ("phase",),
         "stretto_generation_changes_total": ("reason",),

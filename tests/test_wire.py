@@ -158,6 +158,7 @@ def test_other_messages_of_nodes_and_workers_become_their_events() -> None:
         ({"generation_gain_sum": math.nan}, "generation_gain_sum is nan"),
         ({"samples": 2**60}, "samples is"),
         ({"effective_lr": [0.1] * 2000}, "effective_lr has 2000 values; at most 1024"),
+        ({"orthogonality": [0.5, 1.0]}, "orthogonality has 2 values; give minimum, median and maximum"),
         ({"step_seconds": types.Histogram(upper_bounds=[1.0])}, "1 upper_bounds and 0 cumulative_counts"),
         ({"step_seconds": types.Histogram(upper_bounds=[2, 1], cumulative_counts=[0, 0])}, "must rise"),
         ({"step_seconds": types.Histogram(upper_bounds=[math.nan], cumulative_counts=[0])}, "must rise"),
@@ -207,6 +208,7 @@ def histograms(draw: st.DrawFn) -> Histogram:
         generation_gain_sum=amounts,
         pause_s=amounts,
         step_seconds=histograms(),
+        orthogonality=st.sampled_from([(), (0.25, 0.5, 1.0)]),
     )
 )
 def test_progress_survives_the_wire(value: Progress) -> None:

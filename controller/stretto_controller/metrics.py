@@ -53,6 +53,13 @@ FAMILIES = (
     Family("stretto_scale_ratio", GAUGE, "ratio", "Scale S: samples per step over the base batch size."),
     Family("stretto_gradient_variance", GAUGE, "1", "Trace of the gradient's covariance at the base batch size."),
     Family("stretto_gradient_sqr_norm", GAUGE, "1", "Squared norm of the true gradient, as estimated."),
+    Family(
+        "stretto_adasum_orthogonality_ratio",
+        GAUGE,
+        "ratio",
+        "|adasum|^2 / sum |g_i|^2 over the layers: 1 where the workers' gradients are orthogonal, 1/n where all alike.",
+        ("quantile",),
+    ),
     Family("stretto_progress_rate", GAUGE, "iterations per second", "d(tau)/dt over the latest seconds."),
     Family("stretto_remaining_seconds", GAUGE, "seconds", "Until tau reaches its target at the present rate."),
     Family("stretto_loss", GAUGE, "1", "Loss of the latest step."),
@@ -194,6 +201,8 @@ def _progress(samples: Samples, view: JobView, progress: Progress) -> None:
     samples.put("stretto_gradient_variance", progress.variance, name)
     samples.put("stretto_gradient_sqr_norm", progress.sqr_norm, name)
     samples.put("stretto_loss", progress.loss, name)
+    for quantile, ratio in zip(("0", "0.5", "1"), progress.orthogonality, strict=False):
+        samples.put("stretto_adasum_orthogonality_ratio", ratio, name, quantile)
     samples.put("stretto_progress_rate", view.progress_rate, name)
     if not math.isnan(view.remaining_s):
         samples.put("stretto_remaining_seconds", view.remaining_s, name)

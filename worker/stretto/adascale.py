@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from stretto import learning_rate, rules
 from stretto.adascale_options import AdaScaleSettings, check_parameters, checked_optimizer, checked_rule, whole
+from stretto.adasum.switch import check_optimizer, hook_for, scheduled
 from stretto.contributions import Contributions, make_contributions, world_size
 from stretto.ddp_norms import AllReduce, CommHook
 from stretto.gain import GainEstimator
@@ -75,6 +76,7 @@ class AdaScale(WrappedOptimizer):
         self._batch_size = self._base_batch_size if batch_size is None else whole("batch_size", batch_size)
         self._accumulation_steps = whole("accumulation_steps", accumulation_steps)
         self._rule = checked_rule(rule, optimizer, self._settings)
+        check_optimizer(self._rule, optimizer)
         self._measure = Measure(optimizer, preconditioned=rules.is_preconditioned(self._rule))
         self._grad_scaler = grad_scaler
         self._comm_hook = comm_hook
@@ -85,7 +87,7 @@ class AdaScale(WrappedOptimizer):
         self._agreed: list[float] = []
         self._contributions: Contributions | None = None
         self.rebind(model)
-        self._schedule = Schedule(scheduler, optimizer)
+        self._schedule = Schedule(scheduler, scheduled(optimizer))
 
     # -- the model
     # ---------------------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ class AdaScale(WrappedOptimizer):
                 loss_scale=self._loss_scale,
                 sum_loss=self._settings.accumulated_loss == "sum",
             ),
-            comm_hook=self._comm_hook,
+            comm_hook=hook_for(self._rule, module, self._comm_hook),
             all_reduce=all_reduce,
         )
         self._contributions.attach()

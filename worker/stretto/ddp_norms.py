@@ -49,6 +49,8 @@ class RankContributions:
         self._loss_scale, self._sum_loss = sources.loss_scale, sources.sum_loss
         self._window = window
         self._comm_hook = comm_hook
+        # Of a hook whose result is no mean, but which knows the mean's norm.
+        self._mean_sqr_norm = getattr(comm_hook[0], "mean_sqr_norm", None) if comm_hook is not None else None
         self._hooks = LeafHooks(on_begin=self._begin_micro_batch, on_gradient=self._gradient)
         self._counting: tuple[torch.futures.Future[Any], Tensor] | None = None  # the sum of the ranks' counts
         self.discard()
@@ -134,7 +136,8 @@ class RankContributions:
         def after(done: torch.futures.Future[Any]) -> Tensor:
             value = done.value()
             result: Tensor = value[0] if isinstance(value, list | tuple) else value
-            reduced[index] = measure.of_buffer(result, *laid_out)
+            mean = None if self._mean_sqr_norm is None else self._mean_sqr_norm(index)
+            reduced[index] = measure.of_buffer(result, *laid_out) if mean is None else mean
             return result
 
         chained: torch.futures.Future[Tensor] = future.then(after)

@@ -97,6 +97,17 @@ _NEEDS = (
     "the schedule's length in iterations at S = 1"
 )
 
+
+def adasum(state: RuleState, scale: float) -> RuleStep:
+    """For gradients that the ranks combine by Adasum: rate lr, tau += 1; the schedule is not stretched."""
+    return RuleStep(1.0, 1.0)
+
+
+def adasum_delta(state: RuleState, scale: float) -> RuleStep:
+    """For moves that the ranks combine by Adasum, each having taken its own step: rate lr, tau += 1."""
+    return RuleStep(1.0, 1.0)
+
+
 _BY_NAME: dict[str, Rule] = {
     "identity": identity,
     "linear": linear,
@@ -105,6 +116,8 @@ _BY_NAME: dict[str, Rule] = {
     "sqrt": sqrt,
     "adascale": adascale,
     "adamscale": adamscale,
+    "adasum": adasum,
+    "adasum-delta": adasum_delta,
 }
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from stretto.adascale import AdaScale
 from stretto.checkpoint import Checkpointer
+from stretto.combining import Combining
 from stretto.errors import Fatal
 from stretto.feed import Feed, Share, StepPlan, check_dataset
 from stretto.live import Generation, GivenUp, LiveSession
@@ -29,7 +30,7 @@ from stretto.sampler import ElasticSampler
 from stretto.saver import Saved, Saver
 from stretto.schedule import LrAt
 from stretto.step import LossFunction, Outcome, Stepper
-from stretto.trainer_settings import TrainerSettings
+from stretto.trainer_settings import TrainerSettings, check_sizes
 from stretto.transfer import fingerprint
 from stretto.warm_up import warm_up
 from stretto.world import World, default_device
@@ -85,7 +86,7 @@ class ElasticTrainer:
     ) -> None:
         self._settings = settings or TrainerSettings()
         self._settings.validate()
-        _check_sizes(base_batch_size, batch_size, global_batch_size, target_tau)
+        check_sizes(base_batch_size, batch_size, global_batch_size, target_tau)
         self._sampler = ElasticSampler(check_dataset(dataset), seed=self._settings.seed, shuffle=self._settings.shuffle)
         self._dataset = dataset
         self._loss_fn = loss_fn
@@ -94,7 +95,7 @@ class ElasticTrainer:
         self._target_tau = float(target_tau)
         self._position = Position(seed=self._settings.seed, base_batch_size=base_batch_size)
         self._skipped = self._logged_step = 0
-        self._iterated = False
+        self._iterated = self._save_wanted = False
         self._log: SampleLog | None = None
         self._feed: Feed | None = None
         self._saver = Saver(
@@ -115,8 +116,9 @@ class ElasticTrainer:
         )
         try:
             self.model = model.to(self.device)
+            self._combining = Combining(rule, optimizer, self._settings.adasum_mean_in_node)
             self._optimizer = AdaScale(
-                optimizer,
+                self._combining.optimizer,
                 self.model,
                 base_batch_size=base_batch_size,
                 batch_size=batch_size,
@@ -160,10 +162,12 @@ class ElasticTrainer:
     def save(self) -> None:
         """Write a checkpoint of the latest step (rank 0; nothing where none was asked for).
 
-        In in-process mode at the end of the next step, when all ranks are known to have done it.
+        In in-process mode, and where optimizer states differ by rank, at the end of the next step, of all ranks.
         """
         if isinstance(self._membership, LiveSession):
             self._membership.save_soon()
+        elif self._combining.per_rank:
+            self._save_wanted = True
         else:
             self._write_checkpoint()
 
@@ -203,7 +207,9 @@ class ElasticTrainer:
     def _join(self, world: World | Generation) -> None:
         """Hold the generation's state, and be ready for its first step."""
         state = self._state()
+        self._combining.before_synchronise()
         step = world.synchronise(state, restore=lambda: self._saver.restore(state, world.number))
+        self._combining.after_synchronise(world, self.device)
         if step:
             _log.info("going on after step %d, tau %.1f", step, self.tau)
         self._share = share = Share(
@@ -218,6 +224,7 @@ class ElasticTrainer:
             ddp=self._settings.ddp,
             batch_size=-(-share.size // (share.world_size * share.micro_batches)),
             accumulation_steps=share.micro_batches,
+            **self._combining.options(),
         )
         self._verify(world, state)
         self._saver.begin(world.number, first=world.rank == 0, step=step)
@@ -230,7 +237,7 @@ class ElasticTrainer:
         if not (self._settings.verify and isinstance(world, Generation)):
             return
         # Each rank's buffers may come from its own samples; rank 0's count.
-        bits = {name: value.state_dict() for name, value in state.items() if name != "model"}
+        bits = self._combining.shared(state)
         bits["model"] = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         if not world.check_equal(fingerprint(bits)):
             raise Fatal(
@@ -271,7 +278,8 @@ class ElasticTrainer:
             )
         assert self._stepper is not None, "steps are taken in a generation"
         plan, batches = self._feed.next_step()
-        due = self._saver.due(self._position.step + 1)
+        due = self._saver.due(self._position.step + 1) or self._save_wanted
+        self._save_wanted = False
         with world.guarded():
             outcome = self._stepper.take(
                 self._position.step, len(plan.indices), batches, lambda: _with_save(world.wishes(), due)
@@ -318,6 +326,7 @@ class ElasticTrainer:
             samples=report.samples,
             epoch=plan.epoch,
             step_s=outcome.step_s,
+            orthogonality=self._combining.orthogonality(),
         )
 
     def _check_scale(self) -> None:
@@ -336,11 +345,14 @@ class ElasticTrainer:
             "optimizer": self._optimizer,
             "sampler": self._sampler,
             "training": self._position,
+            **self._combining.state(),
             **self._settings.named_state(),
         }
 
     def _write_checkpoint(self) -> None:
+        self._combining.gather()
         self._saver.save(self._state(), step=self._position.step)
+        self._combining.written()
 
     def _tell_of_checkpoint(self, saved: Saved) -> None:
         self._membership.checkpoint_committed(self._world.number, saved, self.tau)
@@ -389,12 +401,3 @@ def _chosen_device(name: str | None) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
-
-
-def _check_sizes(base_batch_size: int, batch_size: int, global_batch_size: int | None, target_tau: float) -> None:
-    sizes = {"base_batch_size": base_batch_size, "batch_size": batch_size, "global_batch_size": global_batch_size}
-    for name, value in sizes.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} is {value!r}; allowed: whole numbers from 1")
-    if not (math.isfinite(target_tau) and target_tau > 0):
-        raise ValueError(f"target_tau is {target_tau!r}; allowed: a finite number above 0, in iterations at S = 1")

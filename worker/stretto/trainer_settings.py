@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ class TrainerSettings:
     extra_state: Mapping[str, Any] = field(default_factory=dict)
     # Autocast and the GradScaler, whose state is part of the state.
     mixed_precision: MixedPrecision = field(default_factory=MixedPrecision)
+    # Rule "adasum" or "adasum-delta": average inside each node first, and combine nodes by Adasum.
+    adasum_mean_in_node: bool = False
     # In-process mode: a forward and a backward pass before anyone waits for this worker.
     warm_up: bool = True
     # In-process mode: compare all ranks' states, bit by bit, at the beginning of each generation.
@@ -77,3 +80,13 @@ class TrainerSettings:
         scaler = self.mixed_precision.grad_scaler
         scaled = {} if scaler is None or not scaler.is_enabled() else {"grad_scaler": scaler}
         return {**self.extra_state, **scaled}
+
+
+def check_sizes(base_batch_size: int, batch_size: int, global_batch_size: int | None, target_tau: float) -> None:
+    """Raise ValueError for sizes of ElasticTrainer that make no sense."""
+    sizes = {"base_batch_size": base_batch_size, "batch_size": batch_size, "global_batch_size": global_batch_size}
+    for name, value in sizes.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} is {value!r}; allowed: whole numbers from 1")
+    if not (math.isfinite(target_tau) and target_tau > 0):
+        raise ValueError(f"target_tau is {target_tau!r}; allowed: a finite number above 0, in iterations at S = 1")

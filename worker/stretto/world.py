@@ -65,6 +65,15 @@ class World:
     def scale(self) -> float | None:
         return self._session.scale
 
+    @property
+    def members(self) -> tuple[tuple[str, int], ...]:
+        """Of each rank, by rank: its node, as torchrun numbers them, and its number there. All ranks ask together."""
+        own = (f"{int(os.environ.get('GROUP_RANK', 0)):08d}", int(os.environ.get("LOCAL_RANK", self.rank)))
+        found: list[Any] = [own] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, own)
+        return tuple(found)
+
     def __enter__(self) -> World:
         return self
 

@@ -218,7 +218,14 @@ def _progress(message: types.Progress) -> Progress:
         generation_gain_sum=checks.amount("generation_gain_sum", message.generation_gain_sum),
         pause_s=checks.amount("pause_s", message.pause_s),
         step_seconds=_histogram(message.step_seconds),
+        orthogonality=_orthogonality(message.orthogonality),
     )
+
+
+def _orthogonality(values: Sequence[float]) -> tuple[float, ...]:
+    if len(values) not in (0, 3):
+        raise Rejected.invalid(f"orthogonality has {len(values)} values; give minimum, median and maximum, or none")
+    return tuple(values)
 
 
 def _rates(field: str, values: Sequence[float]) -> tuple[float, ...]:

@@ -223,6 +223,7 @@ def progress(value: Progress) -> types.Progress:
         generation_gain_sum=value.generation_gain_sum,
         pause_s=value.pause_s,
         step_seconds=histogram(value.step_seconds),
+        orthogonality=value.orthogonality,
     )
 
 

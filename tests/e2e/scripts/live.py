@@ -122,6 +122,7 @@ def hook(owner: type, name: str, before: str | None = None, after: str | None = 
 
 hook(Group, "all_reduce", after="all_reduce")
 hook(Group, "broadcast", after="broadcast")
+hook(Group, "all_to_all", after="all_to_all")
 hook(Generation, "all_reduce", after="bucket", more=True)
 hook(GroupLife, "build", before="before build", after="after build")
 hook(LiveSession, "ask", after="ask")
@@ -217,6 +218,8 @@ for report in trainer:
     if report.generation > known_generation or report.step % 20 == 0:
         known_generation = report.generation
         state = {"model": trainer.model.state_dict(), "optimizer": trainer._optimizer.state_dict()}
+        if options["rule"] == "adasum-delta":
+            state["optimizer"].pop("state")  # every rank's own
         entry = {"generation": report.generation, "step": report.step, "state": fingerprint(state)}
         states.write(json.dumps(entry) + "\n")
     if report.step >= last_step():

@@ -46,7 +46,8 @@ def all_reduce_(
     """Overwrite each tensor with the Adasum of all ranks' tensors in its place; bitwise the same on every rank.
 
     tensors: float32, float64, bfloat16 or float16, dense, of any shapes and strides, each a layer of its own.
-    Accumulation is in float64. algorithm: "rvh" (rounds between pairs of ranks), "gram" (three collectives), or "auto".
+    Accumulation is in float64. algorithm: "rvh" (rounds between pairs of ranks), "gram" (three collectives), or "auto":
+    "gram", unless there are 8 ranks or more and so many tiny float32 layers that Gram matrices outweigh them.
     Without torch.distributed, or on one rank, nothing changes. Every rank calls it; ValueError on every rank where
     their lists differ or one of them has a sparse tensor. Buffers are kept for the next call, until the group is gone.
     """

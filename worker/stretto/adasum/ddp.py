@@ -15,6 +15,8 @@ from stretto.adasum.segments import Segments
 from stretto.adasum.statistics import Statistics, joined
 from stretto.adasum.transport import TorchTransport
 from stretto.adasum.tree import Leaves
+from stretto.group import torch_private
+from stretto.group.failures import GroupBroken
 
 
 class HookState:
@@ -50,7 +52,7 @@ class HookState:
         """|mean_i g_i|^2 of this bucket in the latest backward: what AdaScale's statistics need of a plain mean."""
         return self._found[bucket].mean_sqr_norm
 
-    def reduce(self, bucket: GradBucket) -> Tensor:
+    def reduce(self, bucket: GradBucket) -> None:
         """Combine one bucket with the other ranks' in place; parameters are layers."""
         buffer, index = bucket.buffer(), bucket.index()
         if index == 0:
@@ -59,7 +61,6 @@ class HookState:
         if sizes not in self._layouts:
             self._layouts[sizes] = Segments(sizes)
         self._found[index] = self.reducer.reduce_flat(buffer, self._layouts[sizes])
-        return buffer
 
 
 def ddp_hook(state: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -71,11 +72,16 @@ def ddp_hook(state: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     future: torch.futures.Future[Tensor] = torch.futures.Future(
         devices=[bucket.buffer().device] if bucket.buffer().is_cuda else None
     )
-    if isinstance(state, HookState):
-        future.set_result(state.reduce(bucket))
+    try:
+        if isinstance(state, HookState):
+            state.reduce(bucket)
+        else:
+            sizes = _sizes(bucket.buffer(), bucket.gradients())
+            reducer_of(state).reduce_flat(bucket.buffer(), Segments(sizes))
+    except GroupBroken as broken:
+        reason, unreachable = broken.reason, broken.unreachable
+        torch_private.fail(future, lambda: GroupBroken(reason, unreachable))
         return future
-    sizes = _sizes(bucket.buffer(), bucket.gradients())
-    reducer_of(state).reduce_flat(bucket.buffer(), Segments(sizes))
     future.set_result(bucket.buffer())
     return future
 

@@ -63,6 +63,8 @@ class DeltaOptimizer(Optimizer):
     def rebind(self, reducer: Reducer | None) -> None:
         """Go on with other ranks: over this reducer, or over the process group where it is None."""
         self._reducer = reducer
+        # What is left of a step that broke off may still be written to.
+        self._rollback = Rollback(self._inner)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step of all ranks; returns the closure's loss, if there is one. It is called once, on each rank."""

@@ -25,6 +25,8 @@ from stretto.adasum.tree import Leaves, single_ranks
 Algorithm = Literal["auto", "rvh", "gram"]
 
 ALGORITHMS = ("auto", "rvh", "gram")
+# From here on Gram matrices are larger than all the tables that "rvh" exchanges.
+_MANY_RANKS = 8
 # Lists of tensors whose layout is remembered.
 _KEPT_LAYOUTS = 16
 
@@ -158,9 +160,12 @@ class Reducer:
 
     def _choose(self, flat: Tensor, layers: int) -> Algorithm:
         """The rule of "auto"; docs/adasum.md has the measurements."""
-        if not self._can_halve or flat.device.type != "cpu" or flat.dtype == torch.float64:
+        count = self._transport.world_size
+        # Half precision would be rounded once per level, and float64 above 1e154 needs what "gram" does about it.
+        if not self._can_halve or flat.device.type != "cpu" or flat.dtype != torch.float32 or count < _MANY_RANKS:
             return "gram"
-        return "rvh" if self._transport.world_size == 2 else "gram"
+        table_bytes = 8 * layers * count * (count + 1) // 2
+        return "rvh" if table_bytes > flat.numel() * flat.element_size() else "gram"
 
     def _alone(self, flat: Tensor, segments: Segments) -> Statistics:
         part = segments.part(0, segments.total)
