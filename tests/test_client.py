@@ -83,6 +83,10 @@ class ScriptedJobs(rpc.JobsServicer):
         summary = pb.GenerationSummary(generation=self.job.generation, steps=40, mean_gain=1.75, pause_s=0.5)
         return pb.ListGenerationsResponse(generations=[summary])
 
+    def ListPoints(self, request: Any, context: Any) -> pb.ListPointsResponse:
+        self._find(request, context)
+        return pb.ListPointsResponse(time_s=[1.7e9], step=[40], tau=[66.0])
+
 
 def _serve(servicer: ScriptedJobs) -> tuple[grpc.Server, str]:
     server = grpc.server(ThreadPoolExecutor(2))
@@ -119,6 +123,7 @@ def test_asks_for_what_its_methods_say(controller: tuple[ScriptedJobs, str]) -> 
         client.drain("digits", "node-b")
         assert client.events("digits", after_sequence=7)[0].kind == "node_joined"
         assert client.generations("digits")[0].mean_gain == 1.75
+        assert [*client.points("digits", after_s=5.0).tau] == [66.0]
         client.delete("digits")
     assert servicer.asked == [
         pb.GetJobRequest(job="digits"),
@@ -128,6 +133,7 @@ def test_asks_for_what_its_methods_say(controller: tuple[ScriptedJobs, str]) -> 
         pb.DrainNodeRequest(job="digits", node_id="node-b"),
         pb.ListEventsRequest(job="digits", after_sequence=7),
         pb.ListGenerationsRequest(job="digits"),
+        pb.ListPointsRequest(job="digits", after_s=5.0),
         pb.DeleteJobRequest(job="digits"),
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import sqlite3
 import subprocess
@@ -27,6 +28,7 @@ from stretto_controller.core.model import (
     Record,
 )
 from stretto_controller.core.report import Checkpoint
+from stretto_controller.curve import Point
 from stretto_controller.store.codec import CodecError, decode, encode
 from stretto_controller.store.contents import GenerationSummary, Marks, Save, StoredEvent, StoreError
 from stretto_controller.store.sqlite import SCHEMA_VERSION, SqliteStore
@@ -97,6 +99,42 @@ def test_codec_fills_fields_that_an_older_release_did_not_write() -> None:
 def test_codec_refuses_what_this_release_does_not_write(text: str) -> None:
     with pytest.raises(CodecError, match="not a Record"):
         decode(Record, text)
+
+
+def points(first: int, last: int) -> tuple[Point, ...]:
+    return tuple(Point(float(n), 1, n, n, 1.5, 2.0, math.nan, math.inf, 0.1, 3.0) for n in range(first, last))
+
+
+async def test_a_curve_is_saved_piece_by_piece_or_anew_and_goes_with_its_job(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    await store.save(Save("a", Record("a", SPEC), points=points(0, 3)))
+    await store.save(Save("a", points=points(3, 5)))
+    await store.save(Save("b", Record("b", SPEC), points=points(0, 9)))
+    await store.save(Save("b", points=points(0, 4), points_anew=True))
+    await store.close()
+    store = open_store(tmp_path)
+    found = {job.record.name: job.points for job in store.load().jobs}
+    # By their text: NaN is not equal to itself.
+    assert repr(found["a"]) == repr(tuple(Point(*map(float, point)) for point in points(0, 5)))
+    assert len(found["b"]) == 4
+    await store.save(Save("b", forget=True))
+    await store.close()
+    store = open_store(tmp_path)
+    assert [job.record.name for job in store.load().jobs] == ["a"]
+    await store.close()
+
+
+async def test_the_file_of_the_release_before_is_taken_over(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    await store.save(Save("a", Record("a", SPEC)))
+    await store.close()
+    database = sqlite3.connect(tmp_path / "controller.sqlite3")
+    database.executescript("DROP TABLE points; PRAGMA user_version = 1;")
+    database.close()
+    store = open_store(tmp_path)
+    await store.save(Save("a", points=points(0, 3)))
+    assert [job.record.name for job in store.load().jobs] == ["a"]
+    await store.close()
 
 
 async def test_what_was_saved_is_loaded_by_the_next_controller(tmp_path: Path) -> None:

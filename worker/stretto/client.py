@@ -97,6 +97,12 @@ class JobsClient:
         request = jobs_pb2.ListGenerationsRequest(job=job)
         return [*self._ask("ListGenerations", request, jobs_pb2.ListGenerationsResponse).generations]
 
+    def points(self, job: str, *, after_s: float = 0.0) -> jobs_pb2.ListPointsResponse:
+        """The job's figures over time, oldest first. after_s: only later ones, in seconds since the Unix epoch."""
+        return self._ask(
+            "ListPoints", jobs_pb2.ListPointsRequest(job=job, after_s=after_s), jobs_pb2.ListPointsResponse
+        )
+
     def _ask(self, method: str, request: RequestT, kind: type[ResponseT]) -> ResponseT:
         """Call `method` at the endpoint that last answered, then at the others while none is available."""
         failure: Retry | None = None

@@ -92,6 +92,11 @@ class JobsService(JobsServicer):
             generations=[outbound.generation_summary(summary) for summary in view.history]
         )
 
+    @_answering
+    async def ListPoints(self, request: jobs.ListPointsRequest, context: Context) -> jobs.ListPointsResponse:
+        view = self._runner.view(checks.job_name(request.job))
+        return outbound.points(view, checks.amount("after_s", request.after_s))
+
     async def _decide(self, name: str, event: ev.Event) -> jobs.Job:
         checks.job_name(name)
         await self._runner.decide(name, event)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from stretto_proto.v1 import jobs_pb2 as jobs
 from stretto_proto.v1 import rendezvous_pb2 as rendezvous
@@ -168,6 +169,13 @@ def generation_summary(summary: GenerationSummary) -> jobs.GenerationSummary:
         started_s=summary.started_s,
         end_reason=summary.end_reason,
     )
+
+
+def points(view: JobView, after_s: float) -> jobs.ListPointsResponse:
+    columns: dict[str, Any] = dict(view.curve.columns(after_s))
+    for name in ("generation", "step"):
+        columns[name] = [int(value) for value in columns[name]]
+    return jobs.ListPointsResponse(**columns)
 
 
 def job_spec(spec: JobSpec) -> types.JobSpec:

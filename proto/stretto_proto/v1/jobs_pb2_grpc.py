@@ -85,6 +85,11 @@ class JobsStub(object):
                 request_serializer=stretto__proto_dot_v1_dot_jobs__pb2.ListGenerationsRequest.SerializeToString,
                 response_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.ListGenerationsResponse.FromString,
                 _registered_method=True)
+        self.ListPoints = channel.unary_unary(
+                '/stretto.v1.Jobs/ListPoints',
+                request_serializer=stretto__proto_dot_v1_dot_jobs__pb2.ListPointsRequest.SerializeToString,
+                response_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.ListPointsResponse.FromString,
+                _registered_method=True)
 
 
 class JobsServicer(object):
@@ -154,6 +159,13 @@ class JobsServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListPoints(self, request, context):
+        """The job's figures over time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_JobsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -206,6 +218,11 @@ def add_JobsServicer_to_server(servicer, server):
                     servicer.ListGenerations,
                     request_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.ListGenerationsRequest.FromString,
                     response_serializer=stretto__proto_dot_v1_dot_jobs__pb2.ListGenerationsResponse.SerializeToString,
+            ),
+            'ListPoints': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPoints,
+                    request_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.ListPointsRequest.FromString,
+                    response_serializer=stretto__proto_dot_v1_dot_jobs__pb2.ListPointsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -479,6 +496,33 @@ class Jobs(object):
             '/stretto.v1.Jobs/ListGenerations',
             stretto__proto_dot_v1_dot_jobs__pb2.ListGenerationsRequest.SerializeToString,
             stretto__proto_dot_v1_dot_jobs__pb2.ListGenerationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stretto.v1.Jobs/ListPoints',
+            stretto__proto_dot_v1_dot_jobs__pb2.ListPointsRequest.SerializeToString,
+            stretto__proto_dot_v1_dot_jobs__pb2.ListPointsResponse.FromString,
             options,
             channel_credentials,
             insecure,
