@@ -55,7 +55,7 @@ contracts: $(STAMP) ## who may import whom
 	.venv/bin/lint-imports
 
 proto: $(GENERATORS) ## generate the code beside the .proto files
-	proto/generate.sh .venv-proto/bin/python
+	proto/generate.sh "$(CURDIR)/.venv-proto/bin/python"
 
 proto-check: $(STAMP) $(GENERATORS) ## buf lint, and the committed code is what the .proto files give
 	.venv/bin/buf lint proto
