@@ -39,6 +39,11 @@ class Contents:
         self.tree: dict[str, Any] = self.indices[0].tree
         if not isinstance(self.tree, dict):
             raise Damaged(f"{index_name(0)} has no state")
+        for each in (self.tree, *(index.own for index in self.indices)):
+            try:
+                decode(each, self.forms)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise Damaged(f"the state cannot be decoded: {type(error).__name__}: {error}") from error
 
     def saved_names(self) -> list[str]:
         """What the checkpoint holds."""
@@ -80,18 +85,13 @@ class Contents:
             layouts.update(_layouts(unwrapped(value), trees[name], self.forms))
         targets: dict[str, Any] = {}
         for tensor in {each for tree in trees.values() for each in references(tree)}:
-            if tensor not in self.forms:
-                raise Damaged(f"{tensor} is in no index")
             form = self.forms[tensor]
             if tensor in layouts:
                 targets[tensor] = torch.empty_like(layouts[tensor], dtype=form.torch_dtype)
             else:
                 targets[tensor] = torch.empty(form.shape, dtype=form.torch_dtype)
         self._fill(targets, rank, world_size, threads)
-        try:
-            return {name: decode(tree, targets) for name, tree in trees.items()}
-        except (ValueError, KeyError, TypeError) as error:
-            raise Damaged(f"the state cannot be decoded: {error}") from error
+        return {name: decode(tree, targets) for name, tree in trees.items()}
 
     def _fill(self, targets: dict[str, Any], rank: int, world_size: int, threads: int) -> None:
         files: dict[str, FileEntry] = {name: entry for index in self.indices for name, entry in index.files.items()}
