@@ -68,7 +68,7 @@ def _main(mode: str, rank: int, world_size: int, port: int, folder: Path, steps:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
         output.write_text(json.dumps(work(mode, rank, world_size, folder, steps, save)))
         dist.destroy_process_group()
-    except BaseException:
+    except Exception:  # noqa: BLE001  (the parent process shows it)
         output.write_text(json.dumps({"error": traceback.format_exc()}))
         os._exit(1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,17 @@ FILES = sorted(
 )
 
 
+def _save(state: dict[str, Any], step: int, rank: int, checkpointer: Checkpointer) -> str:
+    return checkpointer.save(state, step=step)
+
+
 def _save_two(folder: Path) -> tuple[Path, Path]:
     """Steps 1 and 2 of a training, each written by two ranks."""
     state = {**training_state(), "filler": torch.arange(400.0)}
     paths = []
     for step in (1, 2):
         train(state, step)
-        (path, _) = on_ranks(2, folder, lambda _, c: c.save(state, step=step), SETTINGS)
+        (path, _) = on_ranks(2, folder, partial(_save, state, step), SETTINGS)
         paths.append(Path(path))
     assert sorted(file.name for file in paths[1].iterdir()) == FILES
     return paths[0], paths[1]
@@ -89,7 +94,7 @@ def test_nothing_is_loaded_in_part(tmp_path: Path) -> None:
     damage(max(path.glob("*.safetensors")), "flip a bit", at=0.99)
     state = training_state(1)
     before = {name: value.clone() for name, value in state["model"].state_dict().items()}
-    with pytest.raises(CheckpointFailed, match="no checkpoint in .* is whole"):
+    with pytest.raises(CheckpointFailed, match=r"no checkpoint in .* is whole"):
         Checkpointer(tmp_path).load_latest(state)
     assert all(torch.equal(value, before[name]) for name, value in state["model"].state_dict().items())
 

@@ -32,7 +32,13 @@ def test_a_state_goes_through_fsdp_ddp_and_one_process_at_other_sizes(tmp_path: 
     state = make_state("plain", 1)
     expected = [step(state, number, 0, 1) for number in range(110)]
     folder, at = tmp_path / "checkpoints", 0
-    for mode, world_size, steps in [("fsdp", 3, 20), ("hsdp", 4, 20), ("ddp", 2, 10), ("fsdp", 8, 50), ("plain", 1, 10)]:
+    for mode, world_size, steps in [
+        ("fsdp", 3, 20),
+        ("hsdp", 4, 20),
+        ("ddp", 2, 10),
+        ("fsdp", 8, 50),
+        ("plain", 1, 10),
+    ]:
         assert BATCH % world_size == 0
         found = on_processes(mode, world_size, folder, (at, at + steps), save=True)
         assert found["resumed"] == at, f"{mode} on {world_size}"

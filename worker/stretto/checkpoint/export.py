@@ -22,7 +22,7 @@ class _Wanted:
 def export(store: Store, name: CheckpointName, file: str | os.PathLike[str], *, entry: str = "model") -> int:
     """Write one entry's tensors under their own names, in the entry's own shapes; returns how many.
 
-    Every byte is checked first. Raises Damaged, and ValueError for an entry that is not there or has no tensors by name.
+    Every byte is checked first. Raises Damaged, and ValueError for an entry that is not there or has no names.
     """
     contents = Contents(store, name)
     if entry not in contents.saved_names():

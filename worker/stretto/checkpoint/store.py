@@ -12,6 +12,9 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 _PARTIAL = ".partial"
+_UPLOAD_BYTES = 8 << 20  # of one part of an upload
+# Object stores have no folders; to make one there would be to make a bucket, perhaps of a name with a typing error.
+_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci"})
 
 Bytes = bytes | bytearray | memoryview
 
@@ -37,6 +40,7 @@ class Store:
         self._fs: Any = fs
         self._root = str(root).rstrip("/") or "/"
         self.local = isinstance(fs, LocalFileSystem)
+        self._objects = self.url.partition("://")[0] in _OBJECT_STORES
 
     def at(self, *parts: str) -> str:
         """The full path of something in the folder, as the file system knows it."""
@@ -62,7 +66,8 @@ class Store:
 
     def make(self, folder: str) -> None:
         """Have the folder exist, durably where that means something."""
-        self._fs.makedirs(self.at(folder), exist_ok=True)
+        if not self._objects:
+            self._fs.makedirs(self.at(folder) if folder else self._root, exist_ok=True)
         if self.local:
             _sync(Path(self._root).parent)
             _sync(Path(self._root))
@@ -72,7 +77,7 @@ class Store:
         if self.local:
             self._write_local(self.at(path), chunks)
             return
-        file = self._fs.open(self.at(path), "wb")
+        file = self._fs.open(self.at(path), "wb", block_size=_UPLOAD_BYTES)
         try:
             for chunk in chunks:
                 file.write(chunk)
