@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from saving.ranks import on_ranks
 from saving.training import WAYS, damage, train, training_state
 from stretto.checkpoint import Checkpointer, CheckpointFailed, CheckpointSettings
+from xxhash import xxh3_64_hexdigest
 
 SETTINGS = CheckpointSettings(part_bytes=900)
 FILES = sorted(
@@ -114,9 +114,9 @@ def _rewritten(path: Path, change: Any) -> None:
     data = json.dumps(body).encode()
     index.write_bytes(data)
     whole = json.loads(manifest.read_bytes())
-    whole["files"][index.name] = {"size_bytes": len(data), "crc32": zlib.crc32(data)}
-    del whole["crc32"]
-    whole["crc32"] = zlib.crc32(json.dumps(whole, sort_keys=True).encode())
+    whole["files"][index.name] = {"size_bytes": len(data), "xxh3": xxh3_64_hexdigest(data)}
+    del whole["xxh3"]
+    whole["xxh3"] = xxh3_64_hexdigest(json.dumps(whole, sort_keys=True).encode())
     manifest.write_text(json.dumps(whole))
 
 
@@ -156,8 +156,8 @@ def test_a_pickle_in_a_files_place_is_refused(tmp_path: Path) -> None:
 def test_another_format_is_refused_by_its_number(tmp_path: Path) -> None:
     path = Path(Checkpointer(tmp_path).save({"x": 1}, step=1))
     whole = json.loads((path / "manifest.json").read_bytes())
-    del whole["crc32"]
+    del whole["xxh3"]
     whole["format_version"] = 3
-    whole["crc32"] = zlib.crc32(json.dumps(whole, sort_keys=True).encode())
+    whole["xxh3"] = xxh3_64_hexdigest(json.dumps(whole, sort_keys=True).encode())
     (path / "manifest.json").write_text(json.dumps(whole))
     assert "format version 3; this release reads 2" in Checkpointer(tmp_path).verify(path).reason

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from stretto.checkpoint.name import CheckpointName
 from stretto.checkpoint.store import Store
 
 _log = logging.getLogger(__name__)
+
+_NICENESS = 5
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class BackgroundSave:
 
     def _run(self) -> None:
         cancelled = self._cancelled.is_set
+        with contextlib.suppress(OSError):  # training goes first where both want a core; pools inherit it
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         try:
             self._write(cancelled)
             manifest = self._commit(cancelled)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+
+from xxhash import xxh3_64
 
 from stretto.checkpoint.errors import Damaged, reason_of
 from stretto.checkpoint.manifest import MANIFEST, FileEntry, Manifest
@@ -78,15 +79,16 @@ class Catalogue:
 
     def _check_file(self, name: CheckpointName, item: tuple[str, FileEntry]) -> None:
         file, entry = item
-        crc32 = size_bytes = 0
+        digest, size_bytes = xxh3_64(), 0
         try:
             for block in self._blocks(f"{name}/{file}"):
-                crc32, size_bytes = zlib.crc32(block, crc32), size_bytes + len(block)
+                digest.update(block)
+                size_bytes += len(block)
         except FileNotFoundError as error:
             raise Damaged(f"{file} is missing") from error
         except OSError as error:
             raise Damaged(f"{file} cannot be read: {reason_of(error, self._store.url)}") from error
-        check(file, entry, FileEntry(size_bytes, crc32))
+        check(file, entry, FileEntry(size_bytes, digest.hexdigest()))
 
     def _blocks(self, path: str) -> Iterator[memoryview]:
         buffer = memoryview(bytearray(BLOCK_BYTES))
@@ -99,5 +101,5 @@ def check(file: str, written: FileEntry, found: FileEntry) -> None:
     """Raise Damaged unless a file is what was written."""
     if found.size_bytes != written.size_bytes:
         raise Damaged(f"{file} has {found.size_bytes} bytes instead of {written.size_bytes}")
-    if found.crc32 != written.crc32:
+    if found.xxh3 != written.xxh3:
         raise Damaged(f"{file} does not match its checksum")

@@ -81,7 +81,7 @@ class Checkpointer:
         self._peers = peers
         self._catalogue = Catalogue(self._store, threads=self._settings.read_threads)
         self._committer = Committer(self._store, rules, shares_limit_s=self._settings.shares_limit_s)
-        self._staging = Staging()
+        self._staging = Staging(self._settings.copy_threads)
         self._running: BackgroundSave | None = None
         self._failures = 0
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -142,7 +141,7 @@ class Committer:
             data = self._store.read(f"{name}/{index_name(rank)}")
             indices.append(Index.decode(data, index_name(rank)))
             files.update(indices[-1].files)
-            files[index_name(rank)] = FileEntry(len(data), zlib.crc32(data))
+            files[index_name(rank)] = FileEntry.of(data)
         check_coverage(indices)
         names = self._store.names(str(name))
         wrong = [file for file, entry in files.items() if names.get(file) != entry.size_bytes]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -111,7 +110,7 @@ class Contents:
             data = self._store.read(f"{self.name}/{file}")
         except OSError as error:
             raise Damaged(f"{file} cannot be read: {reason_of(error, self._store.url)}") from error
-        check(file, self.manifest.files[file], FileEntry(len(data), zlib.crc32(data)))
+        check(file, self.manifest.files[file], FileEntry.of(data))
         index = Index.decode(data, file)
         if any(self.manifest.files.get(name) != entry for name, entry in index.files.items()):
             raise Damaged(f"{file} and the manifest disagree about files")

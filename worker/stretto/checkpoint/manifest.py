@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import zlib
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from xxhash import xxh3_64_hexdigest
 
 from stretto.checkpoint.errors import Damaged
 from stretto.checkpoint.name import CheckpointName
@@ -16,10 +17,14 @@ FORMAT_VERSION = 2
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file's size and the CRC-32 of its bytes."""
+    """One file's size and the XXH3-64 of its bytes, in hexadecimal digits."""
 
     size_bytes: int
-    crc32: int
+    xxh3: str
+
+    @classmethod
+    def of(cls, data: bytes) -> FileEntry:
+        return cls(len(data), xxh3_64_hexdigest(data))
 
 
 @dataclass(frozen=True)
@@ -43,15 +48,15 @@ class Manifest:
 
     def encode(self) -> bytes:
         body = asdict(self)
-        return json.dumps({**body, "crc32": _crc32(body)}, indent=1, allow_nan=False).encode()
+        return json.dumps({**body, "xxh3": _checksum(body)}, indent=1, allow_nan=False).encode()
 
     @classmethod
     def decode(cls, data: bytes, name: CheckpointName | None) -> Manifest:
         """Read a manifest; Damaged says what is wrong with it. name: of the folder that it was found in."""
         try:
             body = json.loads(data)
-            crc32 = body.pop("crc32")
-            if crc32 != _crc32(body):
+            checksum = body.pop("xxh3")
+            if checksum != _checksum(body):
                 raise Damaged(f"{MANIFEST} does not match its own checksum")
             version = body["format_version"]
             if version != FORMAT_VERSION:
@@ -70,5 +75,5 @@ class Manifest:
         return manifest
 
 
-def _crc32(body: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
+def _checksum(body: dict[str, Any]) -> str:
+    return xxh3_64_hexdigest(json.dumps(body, sort_keys=True).encode())

@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 class CheckpointSettings:
     # A file's size; several are written, read and checked at once.
     part_bytes: int = 128 << 20
+    # That copy the state, while training waits.
+    copy_threads: int = 2
     # In the background, beside training. More are faster, and take more of its cores.
     write_threads: int = 1
     read_threads: int = 2

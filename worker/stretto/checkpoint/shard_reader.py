@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
+from xxhash import xxh3_64
 
 from stretto.checkpoint.catalogue import BLOCK_BYTES, check
 from stretto.checkpoint.errors import Damaged, reason_of
@@ -140,7 +140,7 @@ class ShardReader(StorageReader):
                     self._fill(stream, chunk, wanted[chunk], planner)
                 if file in self._checks:
                     stream.skip_to(None)
-                    check(file, self._files[file], FileEntry(stream.position, stream.crc32))
+                    check(file, self._files[file], FileEntry(stream.position, stream.digest.hexdigest()))
         except FileNotFoundError as error:
             raise Damaged(f"{file} is missing") from error
         except OSError as error:
@@ -165,7 +165,8 @@ class _Stream:
     """A file from its beginning on, with the checksum of all that has passed if that is wanted."""
 
     def __init__(self, source: BinaryIO, file: str, *, checked: bool) -> None:
-        self.position = self.crc32 = 0
+        self.position = 0
+        self.digest = xxh3_64()
         self._source = source
         self._file = file
         self._checked = checked
@@ -194,7 +195,7 @@ class _Stream:
         count: int = self._source.readinto(target)  # type: ignore[attr-defined]  # every binary file has it
         self.position += count
         if self._checked:
-            self.crc32 = zlib.crc32(target[:count], self.crc32)
+            self.digest.update(target[:count])
         return count
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,6 +12,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
+from xxhash import xxh3_64
 
 from stretto.checkpoint.errors import Abandoned
 from stretto.checkpoint.index import Index, index_name
@@ -100,20 +100,21 @@ class ShardWriter(StorageWriter):
         return "/" not in os.fspath(checkpoint_id)
 
     def _write(self, part: Part, planner: SavePlanner) -> FileEntry:
-        crc32 = size_bytes = 0
+        digest, size_bytes = xxh3_64(), 0
 
         def blocks() -> Iterator[memoryview]:
-            nonlocal crc32, size_bytes
+            nonlocal size_bytes
             for piece in (memoryview(part.header), *_pieces(part, planner)):
                 for start in range(0, len(piece), _BLOCK_BYTES):
                     if self._cancelled():
                         raise Abandoned
                     block = piece[start : start + _BLOCK_BYTES]
-                    crc32, size_bytes = zlib.crc32(block, crc32), size_bytes + len(block)
+                    digest.update(block)
+                    size_bytes += len(block)
                     yield block
 
         self._store.write(f"{self._folder}/{part.file}", blocks())
-        return FileEntry(size_bytes, crc32)
+        return FileEntry(size_bytes, digest.hexdigest())
 
 
 def _pieces(part: Part, planner: SavePlanner) -> Iterator[memoryview]:

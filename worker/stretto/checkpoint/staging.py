@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +14,14 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from stretto.checkpoint.index import Index
 from stretto.checkpoint.parts import Part, box_of, dtype_of, size_of
 
+_WORTH_THREADS_BYTES = 16 << 20
+
 
 class Staging:
     """One rank's buffer in host memory, used again for each save; it grows when the state does."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def copy(self, plan: SavePlan, planner: SavePlanner, index: Index) -> Staged:
@@ -32,19 +37,33 @@ class Staging:
         pinned = any(isinstance(source, Tensor) and source.is_cuda for source in sources)
         self._reserve(parts[-1].end if parts else 0, pinned=pinned)
         views: dict[int, Tensor] = {}
-        for (item, begin), source in zip(placed, sources, strict=True):
-            assert isinstance(source, Tensor), "only tensors are planned"
-            view = self._buffer[begin : begin + size_of(item)].view(dtype_of(item)).view(box_of(item)[1])
-            view.copy_(source, non_blocking=True)
-            views[id(item)] = view
+        for item, begin in placed:
+            views[id(item)] = self._buffer[begin : begin + size_of(item)].view(dtype_of(item)).view(box_of(item)[1])
+        pairs = list(zip(views.values(), sources, strict=True))
+        if pinned or sum(view.nbytes for view, _ in pairs) < _WORTH_THREADS_BYTES:
+            _copy_all(pairs)  # an accelerator's stream is this thread's
+        else:
+            self._copy_in_threads(pairs)
         if pinned:
             torch.cuda.synchronize()
         return Staged(plan, views, index)
+
+    def _copy_in_threads(self, pairs: list[tuple[Tensor, Any]]) -> None:
+        """Several read memory faster than one; each has about as much to do."""
+        ordered = sorted(pairs, key=lambda pair: -pair[0].nbytes)
+        with ThreadPoolExecutor(self._threads, "stretto-copy") as pool:
+            list(pool.map(_copy_all, [ordered[number :: self._threads] for number in range(self._threads)]))
 
     def _reserve(self, size_bytes: int, *, pinned: bool) -> None:
         if self._buffer.numel() < size_bytes or (pinned and not self._buffer.is_pinned()):
             self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one goes first
             self._buffer = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=pinned)
+
+
+def _copy_all(pairs: list[tuple[Tensor, Any]]) -> None:
+    for view, source in pairs:
+        assert isinstance(source, Tensor), "only tensors are planned"
+        view.copy_(source, non_blocking=True)
 
 
 class Staged(SavePlanner):
