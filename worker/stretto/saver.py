@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from stretto.checkpoint import Alone, Checkpointer, CheckpointFailed, Conflict, Failed, Fenced, Peers, Saved
-from stretto.checkpoint.schedule import Interval, Moment, Schedule
+from stretto.checkpoint.timetable import Interval, Moment, Timetable
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Saver:
         if checkpoint is not None and not isinstance(checkpoint, Checkpointer):
             checkpoint = Checkpointer(checkpoint, job=os.environ.get("STRETTO_JOB", ""))
         self._files = checkpoint
-        self._schedule = Schedule(interval)
+        self._timetable = Timetable(interval)
         self._told = told
         self._warned = warned
         self._ranks: Ranks | None = None
@@ -77,9 +77,9 @@ class Saver:
         self._ranks, self._generation = ranks, ranks.number
         self._saved_step = min(self._saved_step, step)
         self._wanted = False
-        self._schedule.dropped()
+        self._timetable.dropped()
         if first or ranks.restored:
-            self._schedule.reset(self._moment(step, tau))
+            self._timetable.reset(self._moment(step, tau))
         if self._files is not None:
             self._files.join(ranks)
 
@@ -87,7 +87,7 @@ class Saver:
         """A save is to begin after this step. Only rank 0 is ever due."""
         if self._files is None or self._ranks is None or self._ranks.rank or step <= self._saved_step:
             return False
-        return self._wanted or self._schedule.due(self._moment(step, tau))
+        return self._wanted or self._timetable.due(self._moment(step, tau))
 
     def start(self, state: Mapping[str, Any], *, step: int, tau: float) -> None:
         """Begin a checkpoint of this step, unless there is one already. On all ranks."""
@@ -100,7 +100,7 @@ class Saver:
         )
         if not self._wanted:
             self._saved_step = step
-            self._schedule.began(moment)
+            self._timetable.began(moment)
 
     def save(self, state: Mapping[str, Any], *, step: int, tau: float) -> None:
         """Write a checkpoint of this step, unless there is one already, and wait for it. On all ranks.
@@ -140,7 +140,7 @@ class Saver:
             return
         self._poll(self._files)
         first = self._ranks is None or self._ranks.rank == 0
-        if first and self._files.busy and self._schedule.must_wait(self._moment(step, tau)):
+        if first and self._files.busy and self._timetable.must_wait(self._moment(step, tau)):
             self._files.wait(given_up=self._broken)
             self._poll(self._files)
 
@@ -148,7 +148,7 @@ class Saver:
         """The generation broke: its save may lack the share of a rank that is gone."""
         if self._files is not None:
             self._files.abandon()
-            self._schedule.dropped()
+            self._timetable.dropped()
             self._saved_step = -1
 
     def close(self, *, failed: bool) -> None:
@@ -169,14 +169,14 @@ class Saver:
         try:
             outcome = files.poll()
         except (Fenced, Conflict):
-            self._schedule.failed()
+            self._timetable.failed()
             raise
         if isinstance(outcome, Saved):
-            self._schedule.committed(time.monotonic())
+            self._timetable.committed(time.monotonic())
             if self._ranks is None or self._ranks.rank == 0:
                 self._told(outcome)
         elif isinstance(outcome, Failed):
-            self._schedule.failed()
+            self._timetable.failed()
             self._saved_step = -1
             self._warned(outcome)
         return outcome

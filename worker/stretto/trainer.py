@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from stretto.adascale import AdaScale
 from stretto.checkpoint import Checkpointer
-from stretto.checkpoint.schedule import Interval
+from stretto.checkpoint.timetable import Interval
 from stretto.errors import Fatal
 from stretto.feed import Feed, Share, StepPlan, check_dataset
 from stretto.live import Generation, GivenUp, LiveSession

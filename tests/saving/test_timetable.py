@@ -8,30 +8,30 @@ import random
 import pytest
 from stretto.checkpoint.name import CheckpointName
 from stretto.checkpoint.retention import Found, superfluous
-from stretto.checkpoint.schedule import Interval, Moment, Schedule
+from stretto.checkpoint.timetable import Interval, Moment, Timetable
 
 
 def _run(
     interval: Interval, *, step_s: float, save_s: float, steps: int, rng: random.Random | None = None
 ) -> tuple[list[int], int, int]:
     """Train on a clock of our own: where saves began, the most steps that were ever at stake, and the waits."""
-    schedule, now_s, begun, waits, at_stake = Schedule(interval), 0.0, list[int](), 0, 0
+    timetable, now_s, begun, waits, at_stake = Timetable(interval), 0.0, list[int](), 0, 0
     covered, done_s = 0, float("inf")
-    schedule.reset(Moment(0.0, 0, 0.0))
+    timetable.reset(Moment(0.0, 0, 0.0))
     for step in range(steps):
         if now_s >= done_s:
-            schedule.committed(done_s)
+            timetable.committed(done_s)
             covered, done_s = begun[-1], float("inf")
-        if schedule.must_wait(Moment(now_s, step, 2.0 * step)):
+        if timetable.must_wait(Moment(now_s, step, 2.0 * step)):
             assert done_s < float("inf"), "one waits only for a save that is running"
             waits, now_s = waits + 1, max(done_s, now_s)
-            schedule.committed(now_s)
+            timetable.committed(now_s)
             covered, done_s = begun[-1], float("inf")
         now_s += step_s * (rng.uniform(0.5, 1.5) if rng else 1.0)
         at_stake = max(at_stake, step + 1 - covered)
-        if schedule.due(Moment(now_s, step + 1, 2.0 * (step + 1))):
+        if timetable.due(Moment(now_s, step + 1, 2.0 * (step + 1))):
             assert done_s == float("inf"), "no save is begun twice"
-            schedule.began(Moment(now_s, step + 1, 2.0 * (step + 1)))
+            timetable.began(Moment(now_s, step + 1, 2.0 * (step + 1)))
             begun.append(step + 1)
             done_s = now_s + save_s * (rng.uniform(0.5, 1.5) if rng else 1.0)
     return begun, at_stake, waits
@@ -64,23 +64,23 @@ def test_where_a_save_takes_longer_than_the_interval_training_waits_for_it() -> 
 
 
 def test_after_a_failure_the_next_save_is_due_an_interval_later() -> None:
-    schedule = Schedule(Interval(seconds=10.0))
-    schedule.began(Moment(20.0, 200, 0.0))
-    schedule.failed()
-    assert not schedule.due(Moment(24.0, 240, 0.0))
-    assert schedule.due(Moment(30.0, 300, 0.0))
-    assert not schedule.must_wait(Moment(30.0, 300, 0.0)), "there is nothing to wait for"
+    timetable = Timetable(Interval(seconds=10.0))
+    timetable.began(Moment(20.0, 200, 0.0))
+    timetable.failed()
+    assert not timetable.due(Moment(24.0, 240, 0.0))
+    assert timetable.due(Moment(30.0, 300, 0.0))
+    assert not timetable.must_wait(Moment(30.0, 300, 0.0)), "there is nothing to wait for"
 
 
 def test_a_save_that_was_dropped_is_due_at_once() -> None:
-    schedule = Schedule(Interval(steps=10))
-    schedule.began(Moment(1.0, 10, 0.0))
-    schedule.dropped()
-    assert schedule.due(Moment(1.1, 11, 0.0))
+    timetable = Timetable(Interval(steps=10))
+    timetable.began(Moment(1.0, 10, 0.0))
+    timetable.dropped()
+    assert timetable.due(Moment(1.1, 11, 0.0))
 
 
 def test_without_an_interval_nothing_is_ever_due() -> None:
-    assert not Schedule(Interval()).due(Moment(1e9, 10**9, 1e9))
+    assert not Timetable(Interval()).due(Moment(1e9, 10**9, 1e9))
 
 
 def _found(step: int, *, tau: float = 0.0, whole: bool = True, verified: bool = False) -> Found:

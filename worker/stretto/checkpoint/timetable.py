@@ -29,7 +29,7 @@ class Moment:
     tau: float
 
 
-class Schedule:
+class Timetable:
     """A save that begins at one moment covers the work up to it once it is committed."""
 
     def __init__(self, interval: Interval) -> None:
