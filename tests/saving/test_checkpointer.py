@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from saving.likeness import same
+from saving.stores import Full, Held, Meddling, with_store
 from saving.training import damage, train, training_state
 from stretto.checkpoint import Checkpointer, CheckpointFailed, CheckpointSettings, Conflict, Failed, Fenced, Saved
-from stretto.checkpoint.store import Store
 from stretto.random_state import RandomState
 from torch import nn
 
@@ -209,28 +207,6 @@ def test_a_fenced_generation_cannot_save_any_more(tmp_path: Path) -> None:
     assert Path(path).exists()
 
 
-class Meddling(Store):
-    """Something happens just before, or after, a file of this name is written."""
-
-    def __init__(self, url: Path, file: str, effect: Callable[[], object], *, after: bool = False) -> None:
-        super().__init__(url)
-        self._file, self._effect, self._after = file, effect, after
-
-    def write(self, path: str, chunks: Iterable[Any]) -> None:
-        hit = path.endswith(self._file)
-        if hit and not self._after:
-            self._effect()
-        super().write(path, chunks)
-        if hit and self._after:
-            self._effect()
-
-
-def with_store(store: Store, **options: Any) -> Checkpointer:
-    checkpointer = Checkpointer(store.url, **options)
-    checkpointer._store = checkpointer._committer._store = store
-    return checkpointer
-
-
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("file", [".safetensors", "manifest.json"])
 def test_a_fence_raised_while_a_save_is_written_stops_its_commit(file: str, after: bool, tmp_path: Path) -> None:
@@ -264,17 +240,6 @@ def test_two_runs_in_one_folder_notice_each_other(tmp_path: Path) -> None:
     info = theirs.load_latest({"x": None})
     assert info is not None
     assert info.step == 5
-
-
-class Full(Store):
-    """A file system without room for tensors."""
-
-    full = True
-
-    def write(self, path: str, chunks: Iterable[Any]) -> None:
-        if self.full and path.endswith(".safetensors"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        super().write(path, chunks)
 
 
 def test_failed_saves_are_warnings_until_there_are_too_many(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -327,20 +292,6 @@ def test_a_place_that_is_no_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointFailed, match="no checkpoint of step 1"):
         Checkpointer(tmp_path / "file").save({"x": 1}, step=1)
-
-
-class Held(Store):
-    """Writes of tensors wait until they are let go."""
-
-    def __init__(self, url: Path) -> None:
-        super().__init__(url)
-        self.reached, self.go = threading.Event(), threading.Event()
-
-    def write(self, path: str, chunks: Iterable[Any]) -> None:
-        if path.endswith(".safetensors"):
-            self.reached.set()
-            assert self.go.wait(60)
-        super().write(path, chunks)
 
 
 def test_a_save_that_runs_is_not_started_twice(tmp_path: Path) -> None:

@@ -89,14 +89,14 @@ class Saver:
             return False
         return self._wanted or self._timetable.due(self._moment(step, tau))
 
-    def start(self, state: Mapping[str, Any], *, step: int, tau: float) -> None:
-        """Begin a checkpoint of this step, unless there is one already. On all ranks."""
+    def start(self, state: Mapping[str, Any], *, step: int, tau: float, urgent: bool = False) -> None:
+        """Begin a checkpoint of this step, unless there is one already. On all ranks. urgent: one waits for it."""
         if self._files is None or step == self._saved_step:
             return
         self._poll(self._files)
         moment = self._moment(step, tau)
         self._wanted = not self._files.begin(
-            state, step=step, generation=self._generation, tau=tau, fences=self._generation > 0
+            state, step=step, generation=self._generation, tau=tau, fences=self._generation > 0, urgent=urgent
         )
         if not self._wanted:
             self._saved_step = step
@@ -114,7 +114,7 @@ class Saver:
         self._poll(files)
         if step == self._saved_step:
             return
-        self.start(state, step=step, tau=tau)
+        self.start(state, step=step, tau=tau, urgent=True)
         files.wait(given_up=self._broken)
         if self._ranks is not None and self._ranks.broken:
             self._ranks.add_up([0])  # says how it broke

@@ -57,8 +57,12 @@ class BackgroundSave:
         write: Callable[[Callable[[], bool]], None],
         commit: Callable[[Callable[[], bool]], Manifest | None],
         tau: float,
+        urgent: bool,
     ) -> None:
-        """write(cancelled), commit(cancelled): the rank's share, then the whole. committer: on rank 0."""
+        """write(cancelled), commit(cancelled): the rank's share, then the whole. committer: on rank 0.
+
+        urgent: training waits for it; otherwise it goes first where both want a core.
+        """
         self.name = name
         self.outcome: Saved | Failed | None = None
         # Of a generation that is over: nobody wants to hear of its end.
@@ -69,6 +73,7 @@ class BackgroundSave:
         self._write = write
         self._commit = commit
         self._tau = tau
+        self._urgent = urgent
         self._started_s = time.monotonic()
         self._cancelled = threading.Event()
         self._thread = threading.Thread(target=self._run, name="stretto-save", daemon=True)
@@ -89,8 +94,9 @@ class BackgroundSave:
 
     def _run(self) -> None:
         cancelled = self._cancelled.is_set
-        with contextlib.suppress(OSError):  # training goes first where both want a core; pools inherit it
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        if not self._urgent:
+            with contextlib.suppress(OSError):  # threads that it starts inherit this
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         try:
             self._write(cancelled)
             manifest = self._commit(cancelled)

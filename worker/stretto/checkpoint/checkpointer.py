@@ -108,7 +108,7 @@ class Checkpointer:
         """
         self.wait()
         self.poll()
-        if not self.begin(state, step=step, generation=generation, tau=tau, fences=fences):
+        if not self.begin(state, step=step, generation=generation, tau=tau, fences=fences, urgent=True):
             raise CheckpointFailed("another rank has not ended its previous save: call save on all ranks together")
         self.wait()
         outcome = self._ended()
@@ -120,12 +120,19 @@ class Checkpointer:
         return outcome.path
 
     def begin(
-        self, state: Mapping[str, Any], *, step: int, generation: int = 0, tau: float = 0.0, fences: bool = False
+        self,
+        state: Mapping[str, Any],
+        *,
+        step: int,
+        generation: int = 0,
+        tau: float = 0.0,
+        fences: bool = False,
+        urgent: bool = False,
     ) -> bool:
         """Copy this rank's share and write it in the background; `poll` tells how it ended.
 
         False, and nothing begun, while some rank's previous save is running. Raises ValueError, naming the place, for
-        what cannot be stored.
+        what cannot be stored. urgent: training will wait for it, so it takes more of the machine.
         """
         check_position(generation=generation, step=step)
         peers = self._present_peers()
@@ -137,7 +144,7 @@ class Checkpointer:
         if others_busy:
             return False
         name = CheckpointName(generation, step, save)
-        staged, writer_of = self._stage(Snapshot(state, peers.rank), name, peers)
+        staged, writer_of = self._stage(Snapshot(state, peers.rank), name, peers, urgent=urgent)
         first = peers.rank == 0
 
         def write(cancelled: Callable[[], bool]) -> None:
@@ -151,7 +158,14 @@ class Checkpointer:
             return self._committer.commit(name, tau=tau, world_size=peers.world_size, cancelled=cancelled)
 
         self._running = BackgroundSave(
-            self._store, self._committer if first else None, name, peers.rank, write=write, commit=commit, tau=tau
+            self._store,
+            self._committer if first else None,
+            name,
+            peers.rank,
+            write=write,
+            commit=commit,
+            tau=tau,
+            urgent=urgent,
         )
         return True
 
@@ -278,7 +292,7 @@ class Checkpointer:
             names = names[1:]
 
     def _stage(
-        self, snapshot: Snapshot, name: CheckpointName, peers: Peers
+        self, snapshot: Snapshot, name: CheckpointName, peers: Peers, *, urgent: bool
     ) -> tuple[Staged, Callable[[Callable[[], bool]], ShardWriter]]:
         """This rank's share, copied, and what makes a writer for it."""
         settings = self._settings
@@ -290,7 +304,7 @@ class Checkpointer:
                 str(name),
                 rank,
                 part_bytes=settings.part_bytes,
-                threads=settings.write_threads,
+                threads=settings.urgent_threads if urgent else settings.write_threads,
                 cancelled=cancelled,
             )
 

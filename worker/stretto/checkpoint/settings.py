@@ -8,11 +8,13 @@ from dataclasses import dataclass, fields
 @dataclass(frozen=True)
 class CheckpointSettings:
     # A file's size; several are written, read and checked at once.
-    part_bytes: int = 128 << 20
+    part_bytes: int = 64 << 20
     # That copy the state, while training waits.
     copy_threads: int = 2
     # In the background, beside training. More are faster, and take more of its cores.
     write_threads: int = 1
+    # ... and while training waits.
+    urgent_threads: int = 2
     read_threads: int = 2
     # A rank whose share is not there by then has failed the save.
     shares_limit_s: float = 120.0
