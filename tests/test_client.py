@@ -69,6 +69,9 @@ class ScriptedJobs(rpc.JobsServicer):
     def DrainNode(self, request: Any, context: Any) -> pb.DrainNodeResponse:
         return pb.DrainNodeResponse(job=self._find(request, context))
 
+    def CheckpointJob(self, request: Any, context: Any) -> pb.CheckpointJobResponse:
+        return pb.CheckpointJobResponse(job=self._find(request, context))
+
     def DeleteJob(self, request: Any, context: Any) -> pb.DeleteJobResponse:
         self._find(request, context)
         return pb.DeleteJobResponse()
@@ -121,6 +124,7 @@ def test_asks_for_what_its_methods_say(controller: tuple[ScriptedJobs, str]) -> 
         client.pause("digits")
         client.resume("digits")
         client.drain("digits", "node-b")
+        client.checkpoint("digits")
         assert client.events("digits", after_sequence=7)[0].kind == "node_joined"
         assert client.generations("digits")[0].mean_gain == 1.75
         assert [*client.points("digits", after_s=5.0).tau] == [66.0]
@@ -131,6 +135,7 @@ def test_asks_for_what_its_methods_say(controller: tuple[ScriptedJobs, str]) -> 
         pb.PauseJobRequest(job="digits"),
         pb.ResumeJobRequest(job="digits"),
         pb.DrainNodeRequest(job="digits", node_id="node-b"),
+        pb.CheckpointJobRequest(job="digits"),
         pb.ListEventsRequest(job="digits", after_sequence=7),
         pb.ListGenerationsRequest(job="digits"),
         pb.ListPointsRequest(job="digits", after_s=5.0),

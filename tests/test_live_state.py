@@ -88,6 +88,14 @@ def test_a_cut_is_answered_at_once_and_only_by_those_whom_it_concerns() -> None:
     assert state.over(3) is not None
 
 
+def test_a_checkpoint_is_asked_for_in_one_generation() -> None:
+    state, asked = _running(3), list[bool]()
+    for generation in (2, 3):
+        state.hear(pb.TrainResponse(save=pb.SaveCheckpoint(generation=generation, reason="asked")))
+        asked.append(state.save_asked)
+    assert asked == [False, True]
+
+
 def test_a_request_to_leave_is_of_one_generation() -> None:
     state = _running(3)
     said: list[Leave | None] = []

@@ -25,6 +25,7 @@ _NODE_ACTIONS = (ac.StartWorkers, ac.StopWorkers, ac.Dismiss, ac.FinishGeneratio
 _WORKER_ACTIONS = (
     ac.WelcomeWorker,
     ac.AskToLeave,
+    ac.AskToSave,
     ac.AssignWorker,
     ac.CutGeneration,
     ac.SaveAndExit,

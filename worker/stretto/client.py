@@ -83,6 +83,11 @@ class JobsClient:
         request = jobs_pb2.DrainNodeRequest(job=job, node_id=node_id)
         return self._ask("DrainNode", request, jobs_pb2.DrainNodeResponse).job
 
+    def checkpoint(self, job: str) -> jobs_pb2.Job:
+        """Have a checkpoint written at the next step boundary; training goes on."""
+        request = jobs_pb2.CheckpointJobRequest(job=job)
+        return self._ask("CheckpointJob", request, jobs_pb2.CheckpointJobResponse).job
+
     def delete(self, job: str) -> None:
         """Dismiss the job's nodes and forget it."""
         self._ask("DeleteJob", jobs_pb2.DeleteJobRequest(job=job), jobs_pb2.DeleteJobResponse)

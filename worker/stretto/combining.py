@@ -83,7 +83,7 @@ class Combining:
         return {} if self._delta is None else {"comm_hook": (None, local_hook)}
 
     def gather(self) -> None:
-        """Collect what a checkpoint needs of every rank on rank 0; all ranks call it, before one of them writes."""
+        """Collect what a checkpoint needs of every rank; all ranks call it, before they save."""
         if self._states is not None:
             self._states.gather(self._names, self._transport)
 

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from stretto.adascale import AdaScale
 from stretto.checkpoint import Checkpointer
+from stretto.checkpoint.timetable import Interval
 from stretto.combining import Combining
 from stretto.errors import Fatal
 from stretto.feed import Feed, Share, StepPlan, check_dataset
@@ -27,7 +28,7 @@ from stretto.progress_report import StepFigures
 from stretto.rules import Rule
 from stretto.sample_log import SampleLog
 from stretto.sampler import ElasticSampler
-from stretto.saver import Saved, Saver
+from stretto.saver import Saver
 from stretto.schedule import LrAt
 from stretto.step import LossFunction, Outcome, Stepper
 from stretto.trainer_settings import TrainerSettings, check_sizes
@@ -95,14 +96,18 @@ class ElasticTrainer:
         self._target_tau = float(target_tau)
         self._position = Position(seed=self._settings.seed, base_batch_size=base_batch_size)
         self._skipped = self._logged_step = 0
-        self._iterated = self._save_wanted = False
+        self._iterated = False
         self._log: SampleLog | None = None
         self._feed: Feed | None = None
         self._saver = Saver(
             checkpoint,
-            interval_s=self._settings.checkpoint_interval_s,
-            interval_steps=self._settings.checkpoint_interval_steps,
-            told=self._tell_of_checkpoint,
+            interval=Interval(
+                self._settings.checkpoint_interval_s,
+                self._settings.checkpoint_interval_steps,
+                self._settings.checkpoint_interval_tau,
+            ),
+            told=lambda saved: self._membership.checkpoint_committed(saved),
+            warned=lambda failed: self._membership.checkpoint_failed(failed),
         )
         self.device = _chosen_device(self._settings.device)
         spec = types_pb2.JobSpec(
@@ -160,16 +165,14 @@ class ElasticTrainer:
         return self._sampler.epoch
 
     def save(self) -> None:
-        """Write a checkpoint of the latest step (rank 0; nothing where none was asked for).
+        """Write a checkpoint of the latest step; nothing where none was asked for. On all ranks at the same step.
 
-        In in-process mode, and where optimizer states differ by rank, at the end of the next step, of all ranks.
+        In in-process mode it begins at the end of the next step, when all ranks are known to have done it.
         """
         if isinstance(self._membership, LiveSession):
             self._membership.save_soon()
-        elif self._combining.per_rank:
-            self._save_wanted = True
         else:
-            self._write_checkpoint()
+            self._save(wait=True)
 
     def __iter__(self) -> Iterator[StepReport]:
         """Train on from where the state stands; ends when the target is reached. Once per trainer.
@@ -181,13 +184,18 @@ class ElasticTrainer:
         if self._iterated:
             raise RuntimeError("this trainer was iterated over before; make a new one, it goes on from the checkpoint")
         self._iterated = True
+        failed = False
         try:
             while not (yield from self._live_through()):
                 self._enter()
         except GivenUp:
-            self._saver.save_at_last(self._state(), step=self._position.step)
+            self._saver.save_at_last(self._state(), step=self._position.step, tau=self.tau)
+            raise
+        except Exception:
+            failed = True
             raise
         finally:
+            self._saver.close(failed=failed)
             self._membership.close()
             self._close_feed()
             self._close_log()
@@ -227,7 +235,7 @@ class ElasticTrainer:
             **self._combining.options(),
         )
         self._verify(world, state)
-        self._saver.begin(world.number, first=world.rank == 0, step=step)
+        self._saver.begin(world, step=step, tau=self.tau)
         self._begin_log()
         seed, precision = self._position.seed, self._settings.mixed_precision
         self._stepper = Stepper(wrapped, self._optimizer, self._loss_fn, share, seed=seed, precision=precision)
@@ -247,22 +255,25 @@ class ElasticTrainer:
 
     def _live_through(self) -> Generator[StepReport, None, bool]:
         """Train in the present generation; whether the target is reached. False: another generation follows."""
-        finished = False
+        finished = left = False
         with self._world as world:
             while self.tau < self._target_tau:
                 yield self._train_step(world)
                 self._check_scale()
                 if world.saving:
                     world.commit()
-                    self._write_checkpoint()
+                    self._save(wait=world.leaving)
                 if world.leaving and self.tau < self._target_tau:
+                    left = True
                     world.leave()
                     break
             else:
                 world.commit()
-                self._write_checkpoint()
+                self._save(wait=True)
                 world.finish(self.tau)
                 finished = True
+        if not (finished or left):
+            self._saver.abandon()
         return finished
 
     def _train_step(self, world: World | Generation) -> StepReport:
@@ -278,8 +289,8 @@ class ElasticTrainer:
             )
         assert self._stepper is not None, "steps are taken in a generation"
         plan, batches = self._feed.next_step()
-        due = self._saver.due(self._position.step + 1) or self._save_wanted
-        self._save_wanted = False
+        self._saver.poll(self._position.step, self.tau)
+        due = self._saver.due(self._position.step + 1, self.tau)
         with world.guarded():
             outcome = self._stepper.take(
                 self._position.step, len(plan.indices), batches, lambda: _with_save(world.wishes(), due)
@@ -349,13 +360,12 @@ class ElasticTrainer:
             **self._settings.named_state(),
         }
 
-    def _write_checkpoint(self) -> None:
+    def _save(self, *, wait: bool) -> None:
+        """Begin a checkpoint of the latest step, and perhaps wait for it. On all ranks."""
         self._combining.gather()
-        self._saver.save(self._state(), step=self._position.step)
+        save = self._saver.save if wait else self._saver.start
+        save(self._state(), step=self._position.step, tau=self.tau)
         self._combining.written()
-
-    def _tell_of_checkpoint(self, saved: Saved) -> None:
-        self._membership.checkpoint_committed(self._world.number, saved, self.tau)
 
     def _begin_log(self) -> None:
         """Rank 0 keeps the record of samples, where one is asked for."""

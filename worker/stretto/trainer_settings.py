@@ -22,10 +22,12 @@ class TrainerSettings:
     # Of the sample order and of all random numbers in steps and samples.
     seed: int = 0
     shuffle: bool = True
-    # Checkpoints between planned ones: at most this much work is done again after a failure. None: not by time.
+    # Checkpoints between planned ones: at most this much work is done again after a failure. They are written while
+    # training goes on, and begin early enough to be done in time; where one is not, training waits. None: not by time.
     checkpoint_interval_s: float | None = 10.0
-    # ... and, or instead, after so many steps.
+    # ... and, or instead, at most so many steps, or so much progress in tau.
     checkpoint_interval_steps: int | None = None
+    checkpoint_interval_tau: float | None = None
     # Options of torch's DataLoader: num_workers, collate_fn, pin_memory, prefetch_factor, worker_init_fn, ...
     dataloader: Mapping[str, Any] = field(default_factory=dict)
     # Options of DistributedDataParallel: find_unused_parameters, bucket_cap_mb, ...
@@ -67,6 +69,7 @@ class TrainerSettings:
         for name in (
             "checkpoint_interval_s",
             "checkpoint_interval_steps",
+            "checkpoint_interval_tau",
             "collective_timeout_s",
             "max_skipped_steps",
             "sigterm_grace_s",

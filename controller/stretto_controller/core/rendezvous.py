@@ -120,7 +120,7 @@ def waiting_nodes(draft: Draft) -> list[Node]:
 
 def form(draft: Draft, nodes: Sequence[Node], cause: Cause, reason: str, guilty: frozenset[str] = frozenset()) -> None:
     """Begin the next generation with these nodes, all of which are ready. guilty: whose own failure ended the last."""
-    generation = assign_ranks(draft, nodes, reason)
+    generation, before = assign_ranks(draft, nodes, reason), draft.record.generation
     if draft.record.phase in (Phase.PAUSED, Phase.WAITING):
         # The time that was spent waiting, on a person or for nodes, is no part of the change.
         draft.set_live(pause_started_s=draft.now_s)
@@ -144,6 +144,8 @@ def form(draft: Draft, nodes: Sequence[Node], cause: Cause, reason: str, guilty:
     draft.act(BeginGeneration(generation, cause))
     if draft.record.in_process:
         _seat_workers(draft, generation)
+        if before is not None and generation.source_rank >= 0:
+            _save_at_the_minimum(draft, before, generation)
     else:
         _answer_agents(draft, nodes, generation, guilty)
     for node in draft.present():
@@ -167,6 +169,12 @@ def _seat_workers(draft: Draft, generation: Generation) -> None:
             assert worker.ready is not None, f"{worker.session_id} is assigned without having asked"
             rank = member.first_rank + worker.local_rank
             readiness.seat(draft, worker, worker.ready.request_id, generation, rank)
+
+
+def _save_at_the_minimum(draft: Draft, before: Generation, generation: Generation) -> None:
+    """One loss more, and nobody may hold the state."""
+    if len(generation.members) == draft.record.spec.min_nodes < len(before.members):
+        readiness.ask_to_save(draft, "the job has shrunk to its minimum")
 
 
 def at_fault(draft: Draft) -> frozenset[str]:

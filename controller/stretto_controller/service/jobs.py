@@ -73,6 +73,10 @@ class JobsService(JobsServicer):
         return jobs.DrainNodeResponse(job=await self._decide(request.job, event))
 
     @_answering
+    async def CheckpointJob(self, request: jobs.CheckpointJobRequest, context: Context) -> jobs.CheckpointJobResponse:
+        return jobs.CheckpointJobResponse(job=await self._decide(request.job, ev.CheckpointRequested()))
+
+    @_answering
     async def DeleteJob(self, request: jobs.DeleteJobRequest, context: Context) -> jobs.DeleteJobResponse:
         await self._runner.decide(checks.job_name(request.job), ev.DeleteRequested())
         return jobs.DeleteJobResponse()

@@ -118,6 +118,14 @@ def worker_event(message: training.TrainRequest, session_id: str) -> ev.Event:
         )
     if kind == "checkpoint":
         return ev.CheckpointCommitted(session_id, _checkpoint(message.checkpoint))
+    if kind == "checkpoint_failed":
+        failed = message.checkpoint_failed
+        return ev.CheckpointFailed(
+            session_id,
+            checks.count("generation", failed.generation),
+            checks.count("step", failed.step),
+            checks.text("reason", failed.reason, 1000),
+        )
     if kind == "finished":
         finished = message.finished
         return ev.WorkerFinished(

@@ -87,6 +87,9 @@ def to_worker(action: StreamAction, controller_id: str, heartbeat_interval_s: fl
         case act.AskToLeave():
             leave = training.LeaveGeneration(generation=action.generation, reason=action.reason, save=action.save)
             return training.TrainResponse(leave=leave)
+        case act.AskToSave():
+            save = training.SaveCheckpoint(generation=action.generation, reason=action.reason)
+            return training.TrainResponse(save=save)
         case act.FenceWorker():
             fenced = training.WorkerFenced(generation=action.generation, reason=action.reason)
             return training.TrainResponse(fenced=fenced)

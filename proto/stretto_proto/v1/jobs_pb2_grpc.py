@@ -70,6 +70,11 @@ class JobsStub(object):
                 request_serializer=stretto__proto_dot_v1_dot_jobs__pb2.DrainNodeRequest.SerializeToString,
                 response_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.DrainNodeResponse.FromString,
                 _registered_method=True)
+        self.CheckpointJob = channel.unary_unary(
+                '/stretto.v1.Jobs/CheckpointJob',
+                request_serializer=stretto__proto_dot_v1_dot_jobs__pb2.CheckpointJobRequest.SerializeToString,
+                response_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.CheckpointJobResponse.FromString,
+                _registered_method=True)
         self.DeleteJob = channel.unary_unary(
                 '/stretto.v1.Jobs/DeleteJob',
                 request_serializer=stretto__proto_dot_v1_dot_jobs__pb2.DeleteJobRequest.SerializeToString,
@@ -141,6 +146,13 @@ class JobsServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckpointJob(self, request, context):
+        """The workers write a checkpoint at the next step boundary, and go on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteJob(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -203,6 +215,11 @@ def add_JobsServicer_to_server(servicer, server):
                     servicer.DrainNode,
                     request_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.DrainNodeRequest.FromString,
                     response_serializer=stretto__proto_dot_v1_dot_jobs__pb2.DrainNodeResponse.SerializeToString,
+            ),
+            'CheckpointJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckpointJob,
+                    request_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.CheckpointJobRequest.FromString,
+                    response_serializer=stretto__proto_dot_v1_dot_jobs__pb2.CheckpointJobResponse.SerializeToString,
             ),
             'DeleteJob': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteJob,
@@ -415,6 +432,33 @@ class Jobs(object):
             '/stretto.v1.Jobs/DrainNode',
             stretto__proto_dot_v1_dot_jobs__pb2.DrainNodeRequest.SerializeToString,
             stretto__proto_dot_v1_dot_jobs__pb2.DrainNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckpointJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stretto.v1.Jobs/CheckpointJob',
+            stretto__proto_dot_v1_dot_jobs__pb2.CheckpointJobRequest.SerializeToString,
+            stretto__proto_dot_v1_dot_jobs__pb2.CheckpointJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

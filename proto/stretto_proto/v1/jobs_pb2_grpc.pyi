@@ -43,6 +43,8 @@ class JobsStub:
     ResumeJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ResumeJobRequest, _jobs_pb2.ResumeJobResponse]
     DrainNode: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.DrainNodeRequest, _jobs_pb2.DrainNodeResponse]
     """A node leaves at the next step boundary."""
+    CheckpointJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.CheckpointJobRequest, _jobs_pb2.CheckpointJobResponse]
+    """The workers write a checkpoint at the next step boundary, and go on."""
     DeleteJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.DeleteJobRequest, _jobs_pb2.DeleteJobResponse]
     ListEvents: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListEventsRequest, _jobs_pb2.ListEventsResponse]
     ListGenerations: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListGenerationsRequest, _jobs_pb2.ListGenerationsResponse]
@@ -64,6 +66,8 @@ class JobsAsyncStub(JobsStub):
     ResumeJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ResumeJobRequest, _jobs_pb2.ResumeJobResponse]  # type: ignore[assignment]
     DrainNode: _aio.UnaryUnaryMultiCallable[_jobs_pb2.DrainNodeRequest, _jobs_pb2.DrainNodeResponse]  # type: ignore[assignment]
     """A node leaves at the next step boundary."""
+    CheckpointJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.CheckpointJobRequest, _jobs_pb2.CheckpointJobResponse]  # type: ignore[assignment]
+    """The workers write a checkpoint at the next step boundary, and go on."""
     DeleteJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.DeleteJobRequest, _jobs_pb2.DeleteJobResponse]  # type: ignore[assignment]
     ListEvents: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListEventsRequest, _jobs_pb2.ListEventsResponse]  # type: ignore[assignment]
     ListGenerations: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListGenerationsRequest, _jobs_pb2.ListGenerationsResponse]  # type: ignore[assignment]
@@ -124,6 +128,14 @@ class JobsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_jobs_pb2.DrainNodeResponse, _abc.Awaitable[_jobs_pb2.DrainNodeResponse]]:
         """A node leaves at the next step boundary."""
+
+    @_abc_1.abstractmethod
+    def CheckpointJob(
+        self,
+        request: _jobs_pb2.CheckpointJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.CheckpointJobResponse, _abc.Awaitable[_jobs_pb2.CheckpointJobResponse]]:
+        """The workers write a checkpoint at the next step boundary, and go on."""
 
     @_abc_1.abstractmethod
     def DeleteJob(

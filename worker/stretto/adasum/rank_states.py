@@ -56,21 +56,17 @@ class RankStates:
         self._own, self._settled = None, True
 
     def gather(self, members: Sequence[str], transport: Transport) -> None:
-        """Collect every rank's state on rank 0, for a checkpoint; all ranks call it."""
+        """Collect every rank's state, on every rank, for a checkpoint that the ranks share out; all ranks call it."""
         payload = _packed(self._optimizer.state_dict()["state"])
         sizes = np.zeros(transport.world_size, dtype=np.int64)
         sizes[transport.rank] = payload.numel()
         transport.sum_(sizes)
-        largest = int(sizes.max())
-        bounds = [0] + [largest] * transport.world_size
-        received = torch.empty(largest * transport.world_size if transport.rank == 0 else 0, dtype=torch.uint8)
-        transport.scatter(received, torch.cat([payload, payload.new_zeros(largest - payload.numel())]), bounds)
-        if transport.rank == 0:
-            self._members = list(members)
-            self._states = [
-                _unpacked(part[:size])
-                for part, size in zip(torch.split(received, largest), sizes.tolist(), strict=True)
-            ]
+        bounds = [0, *np.cumsum(sizes).tolist()]
+        flat = torch.empty(bounds[-1], dtype=torch.uint8)
+        flat[bounds[transport.rank] : bounds[transport.rank + 1]] = payload
+        transport.share(flat, bounds)
+        self._members = list(members)
+        self._states = [_unpacked(part) for part in torch.split(flat, sizes.tolist())]
 
     def forget(self) -> None:
         """The checkpoint is written, or its states are given out."""

@@ -325,6 +325,14 @@ class Generation:
                 self.wait(self.all_reduce(torch.zeros(1)))
         self._session.committed()
 
+    def add_up(self, numbers: Sequence[int]) -> list[int]:
+        """The sums over the ranks of what each gives; all ranks call it."""
+        values = torch.tensor(list(numbers), dtype=torch.int64)
+        if self.world_size > 1:
+            with self.guarded():
+                values = self.wait(self.all_reduce(values))
+        return [int(value) for value in values]
+
     def leave(self) -> None:
         """Go on to the next generation; all ranks have agreed on it."""
         self._clock.stop()

@@ -77,6 +77,8 @@ class LiveState:
         # The question that waits for an answer.
         self.request: pb.WorkerReady | None = None
         self.leave: Leave | None = None
+        # The controller wants a checkpoint at the next step boundary.
+        self.save_asked = False
         self.give_up_reason: str | None = None
         # The controller ended the conversation for good.
         self.refused = False
@@ -147,6 +149,8 @@ class LiveState:
             self._take(response.assignment)
         elif kind == "leave" and response.leave.generation == self.generation:
             self.leave = Leave(response.leave.reason or "the controller asked for it", response.leave.save)
+        elif kind == "save" and response.save.generation == self.generation:
+            self.save_asked = True
         elif kind == "cut" and response.cut.generation == self.generation:
             self._over_reason = response.cut.reason or "the controller cut this generation"
             return [self.alive()]
