@@ -135,6 +135,19 @@ def live_of_two_that_cannot_reach_each_other_the_one_with_the_state_stays() -> S
 
 
 @STORIES.tell
+def live_who_drains_says_what_it_holds_before_others_begin_without_it() -> Story:
+    s = _two_at_step_10(max_nodes=3)
+    s.sigterm("n1/0")
+    s.lives("n2")
+    s.ready("n0", failed=True, exit_signal=9)
+    s.passes(0.2)
+    s.asks("n1/0", step=11, failed=True)
+    s.saves("n1/0", 11)
+    s.tell(ev.WorkerStreamClosed("n1/0"), "the stream of worker n1/0 closes")
+    return s
+
+
+@STORIES.tell
 def live_two_join_at_once() -> Story:
     s = _two_at_step_10(max_nodes=4)
     s.lives("n2", "n3")

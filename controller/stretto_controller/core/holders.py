@@ -64,7 +64,10 @@ def awaited(draft: Draft, nodes: Sequence[Node]) -> Node | None:
         return None
     able = {n.node_id for n in rendezvous.waiting_nodes(draft)}
     # Who is kept apart from the others could take part, but not with them.
-    keeping = next((n for n in holders(draft) if n.node_id not in able), None)
+    away = [n for n in holders(draft) if n.node_id not in able]
+    # Who drains may be the last that has it, and is to say so first.
+    away += [n for n in draft.members() if n.state is NodeState.DRAINING and readiness.is_running(draft, n)]
+    keeping = next(iter(away), None)
     if keeping is None:
         return None
     if draft.live.holder_until_s is None:
