@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from adasum_world import ThreadTransport, in_threads
@@ -29,16 +32,19 @@ def test_halving_only_where_gram_matrices_outweigh_the_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[str] = []
-    for name, function in (("gram", "reduce_by_gram"), ("rvh", "reduce_by_halving")):
-        original = getattr(reducer_module, function)
-        monkeypatch.setattr(
-            reducer_module,
-            function,
-            lambda *args, name=name, original=original: (seen.append(name), original(*args))[1],
-        )
+
+    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def watching(*arguments: Any) -> Any:
+            seen.append(name)
+            return function(*arguments)
+
+        return watching
+
+    for name in ("reduce_by_gram", "reduce_by_halving"):
+        monkeypatch.setattr(reducer_module, name, watched(name, getattr(reducer_module, name)))
 
     def work(transport: ThreadTransport) -> None:
         Reducer(transport).reduce([torch.randn(size).to(dtype) for size in sizes])
 
     in_threads(world_size, work, peers=peers)
-    assert set(seen) == {chosen}
+    assert set(seen) == {{"gram": "reduce_by_gram", "rvh": "reduce_by_halving"}[chosen]}
