@@ -69,6 +69,12 @@ def test_a_finished_training_has_nothing_left_to_do(tmp_path: Path) -> None:
     assert reports[-1].tau >= plan.target_tau
 
 
+def test_a_finished_training_has_nothing_left_to_do_on_any_number_of_ranks(tmp_path: Path) -> None:
+    plan = Plan(checkpoint=str(tmp_path / "checkpoints"), target_tau=8.0)
+    _, parameters = train_on_ranks(plan, 2, tmp_path)
+    assert train_on_ranks(plan, 3, tmp_path) == ([], parameters)
+
+
 def test_a_trainer_is_iterated_once() -> None:
     trainer = make_trainer(Plan(target_tau=3.0))
     assert len(list(trainer)) == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -279,6 +280,20 @@ def test_a_file_system_that_is_really_full_is_said_to_be(tmp_path: Path) -> None
     store._write_local = redirect  # type: ignore[method-assign]  # the one call that reaches the disk
     with pytest.raises(CheckpointFailed, match="no space left"):
         checkpointer.save({"x": torch.ones(3)}, step=1)
+
+
+def test_a_file_that_may_not_grow_is_said_to_be_limited(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    first = Checkpointer(tmp_path).save({"x": 1}, step=1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        with pytest.raises(CheckpointFailed, match=r"raise its limit \(ulimit -f\)"):
+            Checkpointer(tmp_path).save({"x": torch.ones(10_000)}, step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    info = Checkpointer(tmp_path).load_latest({"x": None})
+    assert info is not None
+    assert info.path == first
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

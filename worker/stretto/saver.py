@@ -89,18 +89,13 @@ class Saver:
             return False
         return self._wanted or self._timetable.due(self._moment(step, tau))
 
-    def start(self, state: Mapping[str, Any], *, step: int, tau: float, urgent: bool = False) -> None:
-        """Begin a checkpoint of this step, unless there is one already. On all ranks. urgent: one waits for it."""
-        if self._files is None or step == self._saved_step:
+    def start(self, state: Mapping[str, Any], *, step: int, tau: float) -> None:
+        """Begin a checkpoint of this step, unless there is one already. On all ranks."""
+        if self._files is None:
             return
         self._poll(self._files)
-        moment = self._moment(step, tau)
-        self._wanted = not self._files.begin(
-            state, step=step, generation=self._generation, tau=tau, fences=self._generation > 0, urgent=urgent
-        )
-        if not self._wanted:
-            self._saved_step = step
-            self._timetable.began(moment)
+        if self._needed(step):
+            self._begin(self._files, state, step, tau, urgent=False)
 
     def save(self, state: Mapping[str, Any], *, step: int, tau: float) -> None:
         """Write a checkpoint of this step, unless there is one already, and wait for it. On all ranks.
@@ -112,9 +107,9 @@ class Saver:
             return
         files.wait(given_up=self._broken)
         self._poll(files)
-        if step == self._saved_step:
+        if not self._needed(step):
             return
-        self.start(state, step=step, tau=tau, urgent=True)
+        self._begin(files, state, step, tau, urgent=True)
         files.wait(given_up=self._broken)
         if self._ranks is not None and self._ranks.broken:
             self._ranks.add_up([0])  # says how it broke
@@ -161,6 +156,22 @@ class Saver:
         else:
             self._files.wait(given_up=self._broken)
             self._poll(self._files)
+
+    def _needed(self, step: int) -> bool:
+        """Rank 0 knows whether this step is saved: it restored, and hears of every commit. All ranks ask it."""
+        needed = int(step != self._saved_step)
+        if self._ranks is None:
+            return bool(needed)
+        return bool(self._ranks.add_up([needed if self._ranks.rank == 0 else 0])[0])
+
+    def _begin(self, files: Checkpointer, state: Mapping[str, Any], step: int, tau: float, *, urgent: bool) -> None:
+        moment = self._moment(step, tau)
+        self._wanted = not files.begin(
+            state, step=step, generation=self._generation, tau=tau, fences=self._generation > 0, urgent=urgent
+        )
+        if not self._wanted:
+            self._saved_step = step
+            self._timetable.began(moment)
 
     def _broken(self) -> bool:
         return self._ranks is not None and self._ranks.broken
