@@ -88,13 +88,18 @@ def test_the_training_job_keeps_its_label_beside_the_scrape_job(watched: Watched
     (series,) = watched.prometheus.query("stretto_tau_iterations")
     assert series["metric"]["training_job"] == "job"
     assert series["metric"]["job"] == "stretto-controller"
-    assert watched.prometheus.value('stretto_world_size{training_job="job"}') == 2
+    # The latest scrape may be from before the last node came.
+    watched.prometheus.until(
+        lambda: bool(watched.prometheus.query('stretto_world_size{training_job="job"} == 2')),
+        "two workers were not seen",
+    )
     assert watched.prometheus.value("count(count by (training_job) (stretto_phase))") == 1
 
 
 def test_the_story_shows_in_the_counters(watched: Watched) -> None:
-    assert watched.prometheus.value('stretto_generation_changes_total{reason="node_lost"}') >= 1
-    assert watched.prometheus.value('stretto_generation_changes_total{reason="grow"}') >= 1
+    for reason in ("node_lost", "grow"):
+        changes = f'stretto_generation_changes_total{{reason="{reason}"}} >= 1'
+        watched.prometheus.until(lambda c=changes: watched.prometheus.query(c), f"no change was seen: {reason}")
     assert watched.prometheus.value("stretto_checkpoint_bytes") > 0
     assert watched.prometheus.value("stretto_controller_leader") == 1
 
