@@ -115,7 +115,7 @@ def test_a_story_is_watched_and_steered(browser: Browser, tmp_path: Path) -> Non
         page = window.page
         page.goto(controller.http)
         expect(page.get_by_text("No jobs yet.")).to_be_visible(timeout=PATIENCE_MS)
-        job = LiveJob(tmp_path, controller, agents, target_tau=1e6, checkpoint_steps=10)
+        job = LiveJob(tmp_path, controller, agents, target_tau=5000, checkpoint_steps=10)
         job.pace(0.05)
         job.start("n0")
         page.get_by_role("link", name="job", exact=True).click()
@@ -144,6 +144,12 @@ def test_a_story_is_watched_and_steered(browser: Browser, tmp_path: Path) -> Non
         page.get_by_role("dialog").get_by_role("button", name="Scale").click()
         expect(page.get_by_text("1 node is wanted now.")).to_be_visible(timeout=PATIENCE_MS)
         assert controller.get("/api/v1/jobs/job")["desired_nodes"] == 1
+
+        page.screenshot(path=tmp_path / "story-1280.png", full_page=True)
+        page.set_viewport_size({"width": 390, "height": 844})
+        page.emulate_media(color_scheme="dark", reduced_motion="reduce")
+        page.screenshot(path=tmp_path / "story-390.png", full_page=True)
+        page.set_viewport_size({"width": 1280, "height": 900})
 
         # The controller is killed: the page says so, heals, and keeps what it knew.
         known = len(controller.get("/api/v1/jobs/job/history")["points"]["tau"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
@@ -13,6 +14,8 @@ from stretto_controller.runner import Runner
 from stretto_controller.snapshot import JobView
 from stretto_controller.web import schema
 from stretto_controller.web.watch import Watchers
+
+_log = logging.getLogger("stretto.controller")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,12 @@ class Feed:
     async def _tick_on(self) -> None:
         while True:
             await asyncio.sleep(self._interval_s)
-            self._look()
+            try:
+                self._look()
+            except Exception:  # noqa: BLE001
+                # A fault of ours in one job must not freeze every page.
+                _log.exception("the jobs could not be shown")
+                continue
             self._tick.set()
             self._tick = asyncio.Event()
 

@@ -33,6 +33,7 @@ export class Charts {
     this.plots.forEach((plot) => plot.destroy());
     this.plots = [];
     this.box.replaceChildren(...SHOWN.map((shown) => this.figure(shown)));
+    this.resize();
     this.draw();
   }
 
@@ -48,7 +49,7 @@ export class Charts {
       height: HEIGHT,
       legend: { show: false },
       cursor: { sync: { key: "stretto" }, drag: { x: true, y: false } },
-      axes: [{ ...axis, size: 28, space: 72, values: (self, ticks) => ticks.map((tick) => moment(tick, self.scales.x)) }, { ...axis, size: 52, values: (_, ticks) => ticks.map((tick) => number(tick)) }],
+      axes: [{ ...axis, size: 28, space: 72, values: (self, ticks) => ticks.map((tick) => moment(tick, self.scales.x)) }, { ...axis, size: 52, values: (_, ticks) => ticks.map(tickText) }],
       scales: { y: { range: (_, low, high) => bounds(low, high) } },
       series: [{}, ...shown.series.map(([key, label, colour]) => ({
         label,
@@ -96,9 +97,11 @@ export class Charts {
 
   draw() {
     const times = this.points.time_s, last = times.at(-1);
+    // A target far away would press the line to the ground; the caption has it all the same.
+    const near = this.target > 0 && (this.points.tau?.at(-1) ?? 0) > 0.2 * this.target;
     for (const plot of this.plots) {
       const columns = plot.shown.series.map(([key]) =>
-        key === "target" ? times.map(() => this.target > 0 ? this.target : null) : this.points[key] ?? []);
+        key === "target" ? times.map(() => near ? this.target : null) : this.points[key] ?? []);
       // Who has zoomed in keeps the view; otherwise it follows the newest point.
       const { min, max } = plot.scales.x, drawn = plot.drawn;
       const zoomed = !this.span_s && drawn !== undefined && (min > drawn.first || max < drawn.last);
@@ -127,6 +130,8 @@ export class Charts {
     this.plots = [];
   }
 }
+
+const tickText = (tick) => Math.abs(tick) >= 1e5 ? tick.toLocaleString("en", { notation: "compact" }) : number(tick);
 
 function moment(time_s, { min, max }) {
   const time = new Date(time_s * 1000);

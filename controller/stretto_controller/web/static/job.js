@@ -130,7 +130,7 @@ export class JobPage {
     const latest = this.job.checkpoint;
     if (!latest) return [];
     const age_s = Date.now() / 1000 - latest.time_s;
-    return [[duration(Math.max(0, age_s < 60 ? Math.round(age_s / 5) * 5 : age_s)), latest.step.toLocaleString("en"), number(latest.tau, 5),
+    return [[age_s < 5 ? "just now" : duration(age_s < 60 ? Math.round(age_s / 5) * 5 : age_s), latest.step.toLocaleString("en"), number(latest.tau, 5),
       String(latest.generation), bytes(latest.size_bytes), latest.path]];
   }
 
