@@ -24,6 +24,12 @@ def controller(
     host: Annotated[str | None, typer.Option(help="Address to serve on. [127.0.0.1]")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Where state is kept. [.stretto/controller]")] = None,
     store: Annotated[str | None, typer.Option(help="sqlite or etcd. [sqlite]")] = None,
+    etcd_endpoints: Annotated[
+        str | None, typer.Option(help="With --store etcd: HOST:PORT[,HOST:PORT...]. [127.0.0.1:2379]")
+    ] = None,
+    advertise: Annotated[
+        str | None, typer.Option(help="HOST[:PORT] at which others reach this controller; with --store etcd.")
+    ] = None,
     insecure: Annotated[
         bool | None, typer.Option("--insecure", help="Serve other machines without TLS and credentials.")
     ] = None,
@@ -40,6 +46,8 @@ def controller(
         "host": host,
         "data_dir": data_dir,
         "store": store,
+        "etcd": {"endpoints": etcd_endpoints},
+        "advertise": advertise,
         "insecure": insecure,
         "ready_file": ready_file,
     }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from http import HTTPStatus
+from typing import Any, NoReturn
 
 import grpc
+from stretto_proto.v1 import types_pb2
 
 from stretto_controller.core.errors import Refusal, Rejected
 from stretto_controller.runner import Unavailable
@@ -36,6 +38,20 @@ def grpc_status(error: Exception) -> tuple[grpc.StatusCode, str]:
         case Overflow():
             return grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
     raise AssertionError(f"{type(error).__name__} is not answered") from error
+
+
+LEADER_KEY = "stretto-leader-bin"
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
+    """End a call with the status of one of ANSWERED. A follower's tells, for programs too, who leads."""
+    code, message = grpc_status(error)
+    metadata: tuple[tuple[str, bytes], ...] = ()
+    if isinstance(error, Unavailable) and error.leader.grpc_address:
+        leader = types_pb2.Leader(grpc_address=error.leader.grpc_address, http_url=error.leader.http_url)
+        metadata = ((LEADER_KEY, leader.SerializeToString()),)
+    await context.abort(code, message, metadata)
+    raise AssertionError("abort raises") from error
 
 
 def http_status(error: Rejected | Unavailable) -> tuple[HTTPStatus, str, str]:

@@ -11,7 +11,7 @@ from stretto_proto.v1.jobs_pb2_grpc import JobsServicer
 
 from stretto_controller.core import events as ev
 from stretto_controller.runner import Runner
-from stretto_controller.service.errors import ANSWERED, grpc_status
+from stretto_controller.service.errors import ANSWERED, abort
 from stretto_controller.service.streams import Context
 from stretto_controller.wire import checks, inbound, outbound
 
@@ -27,9 +27,7 @@ def _answering(method: _Method[Answer]) -> _Method[Answer]:
         try:
             return await method(self, request, context)
         except ANSWERED as error:
-            code, message = grpc_status(error)
-            await context.abort(code, message)
-            raise AssertionError("abort raises") from error
+            await abort(context, error)
 
     return answered
 

@@ -14,6 +14,7 @@ from stretto_proto.v1.rendezvous_pb2_grpc import add_RendezvousServicer_to_serve
 from stretto_proto.v1.training_pb2_grpc import add_TrainingServicer_to_server
 
 from stretto_controller.runner import Runner
+from stretto_controller.service.gate import LeaderGate
 from stretto_controller.service.guard import MalformedGuard
 from stretto_controller.service.jobs import JobsService
 from stretto_controller.service.streaming import Identity, RendezvousService, TrainingService
@@ -34,7 +35,7 @@ class GrpcServer:
         self._settings = settings
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
-            interceptors=[MalformedGuard()], options=_options(settings.service.message_size_bytes)
+            interceptors=[LeaderGate(runner), MalformedGuard()], options=_options(settings.service.message_size_bytes)
         )
         identity = Identity(uuid4().hex, settings.limits.heartbeat_interval_s)
         add_RendezvousServicer_to_server(RendezvousService(runner, settings.service, identity), self._server)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from typing import Annotated
 
-from fastapi import FastAPI, Header, Path, Request, Response
+from fastapi import Depends, FastAPI, Header, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CollectorRegistry
@@ -36,6 +37,7 @@ def build_app(runner: Runner, limits: ServiceLimits) -> FastAPI:
         title="Stretto controller",
         description="Jobs, their generations and their events. The /docs page loads its scripts from a CDN.",
         responses=_ERRORS,
+        dependencies=[Depends(_leading(runner))],
     )
     app.add_middleware(BodyLimit, size_bytes=limits.body_size_bytes)
     _answer_errors(app)
@@ -52,6 +54,16 @@ def build_app(runner: Runner, limits: ServiceLimits) -> FastAPI:
     return app
 
 
+def _leading(runner: Runner) -> Callable[[Request], Awaitable[None]]:
+    """What stands before every route: the API is the leader's; the page, health and metrics are everybody's."""
+
+    async def check(request: Request) -> None:
+        if request.url.path.startswith("/api/"):
+            runner.refuse_unless_leading()
+
+    return check
+
+
 def _answer_errors(app: FastAPI) -> None:
     """Every error has the same shape: {"error": word, "message": text}."""
 
@@ -62,7 +74,12 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(Unavailable)
     async def refused(request: Request, error: Rejected | Unavailable) -> JSONResponse:
         status, word, message = http_status(error)
-        return answer(status, word, message)
+        response = answer(status, word, message)
+        if isinstance(error, Unavailable):
+            response.headers["Retry-After"] = "1"
+            if error.leader.http_url:
+                response.headers["Stretto-Leader"] = error.leader.http_url
+        return response
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -91,8 +108,7 @@ def _add_health(app: FastAPI, runner: Runner) -> None:
         if runner.ready:
             return schema.Health(status="ready")
         response.status_code = 503
-        reason = "stopping" if runner.failure is None else f"a save failed: {runner.failure}"
-        return schema.Health(status="not ready", reason=reason)
+        return schema.Health(status="not ready", reason=runner.reason_not_ready)
 
 
 def _add_metrics(app: FastAPI, registry: CollectorRegistry) -> None:

