@@ -25,7 +25,7 @@ $(GENERATORS): proto/requirements.txt tools/make_venv.sh
 	touch $@
 
 $(TOOLS): tools/debian_packages.sh | $(STAMP)
-	tools/debian_packages.sh ip=iproute2
+	tools/debian_packages.sh ip=iproute2 etcd=etcd-server openssl=openssl
 	touch $@
 
 demo: $(STAMP) ## train a small CNN on MNIST while nodes come, die and drain (under 4 minutes)
@@ -55,7 +55,7 @@ contracts: $(STAMP) ## who may import whom
 	.venv/bin/lint-imports
 
 proto: $(GENERATORS) ## generate the code beside the .proto files
-	proto/generate.sh .venv-proto/bin/python
+	proto/generate.sh "$(CURDIR)/.venv-proto/bin/python"
 
 proto-check: $(STAMP) $(GENERATORS) ## buf lint, and the committed code is what the .proto files give
 	.venv/bin/buf lint proto

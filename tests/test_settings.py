@@ -42,7 +42,11 @@ def test_each_kind_of_value_is_read_from_the_environment() -> None:
         ({"STRETTO_SERVICE_TICK_INTERVAL_S": "nan"}, "tick_interval_s is nan"),
         ({"STRETTO_INSECURE": "perhaps"}, "STRETTO_INSECURE is 'perhaps'; it must be true or false"),
         ({"STRETTO_STORE": "redis"}, "store is 'redis'; it must be one of sqlite, etcd"),
-        ({"STRETTO_STORE": "etcd"}, "does not have yet; use --store sqlite"),
+        ({"STRETTO_ETCD_ENDPOINTS": "etcd.example"}, "etcd.endpoints is 'etcd.example'; give HOST:PORT"),
+        ({"STRETTO_ETCD_PREFIX": "stretto"}, "it must begin and end with /"),
+        ({"STRETTO_ETCD_USER": "root"}, "etcd.user and etcd.password_file belong together"),
+        ({"STRETTO_ETCD_KEY": "x"}, "etcd.cert and etcd.key belong together"),
+        ({"STRETTO_ETCD_LEASE_S": "1"}, "etcd.lease_s is 1; it must be between 2 and 60"),
         ({"STRETTO_HOST": "0.0.0.0"}, "neither TLS nor credentials"),
     ],
 )

@@ -53,6 +53,49 @@ class ServiceLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class EtcdSettings:
+    """How etcd is reached. Several controllers that share endpoints and prefix are one: one of them leads."""
+
+    # HOST:PORT, several with commas between them.
+    endpoints: str = "127.0.0.1:2379"
+    # Every key of ours begins with it.
+    prefix: str = "/stretto/"
+    # A PEM file of authorities turns TLS on; certificate and key are for clusters that ask clients for one.
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+    user: str = ""
+    # A file, so that the password is in no process list and in no environment.
+    password_file: Path | None = None
+    # A dead leader is noticed after so long; etcd allows no less than 2 s by default.
+    lease_s: int = 3
+    # One attempt at one endpoint; a third of lease_s lets a renewal fail over.
+    request_timeout_s: float = 1.0
+    # A watch without news for so long is begun again.
+    watch_quiet_s: float = 2.0
+
+    @property
+    def endpoint_list(self) -> tuple[str, ...]:
+        return tuple(part.strip() for part in self.endpoints.split(",") if part.strip())
+
+    def validate(self) -> None:
+        """Raise ValueError, saying what was given and what is allowed."""
+        if not self.endpoint_list or any(not part.rpartition(":")[2].isdecimal() for part in self.endpoint_list):
+            raise ValueError(f"etcd.endpoints is {self.endpoints!r}; give HOST:PORT, or several with commas between")
+        if not self.prefix.startswith("/") or not self.prefix.endswith("/"):
+            raise ValueError(f"etcd.prefix is {self.prefix!r}; it must begin and end with /")
+        if bool(self.user) != (self.password_file is not None):
+            raise ValueError("etcd.user and etcd.password_file belong together; give both or neither")
+        if (self.cert is None) != (self.key is None) or (self.cert is not None and self.ca is None):
+            raise ValueError("etcd.cert and etcd.key belong together, and need etcd.ca")
+        if not 2 <= self.lease_s <= 60:
+            raise ValueError(f"etcd.lease_s is {self.lease_s}; it must be between 2 and 60")
+        for name in ("request_timeout_s", "watch_quiet_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"etcd.{name} is {getattr(self, name)}; it must be finite and above 0")
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     host: str = "127.0.0.1"
     # 0 picks a free port.
@@ -64,6 +107,9 @@ class Settings:
     insecure: bool = False
     # Written, whole, once both ports serve.
     ready_file: Path | None = None
+    # HOST[:PORT] at which others reach this controller's gRPC port, told to those who ask a follower.
+    advertise: str = ""
+    etcd: EtcdSettings = field(default_factory=EtcdSettings)
     service: ServiceLimits = field(default_factory=ServiceLimits)
     limits: Limits = field(default_factory=Limits)
 
@@ -77,8 +123,6 @@ class Settings:
             raise ValueError(f"grpc_port and http_port are both {self.grpc_port}; give two different ports")
         if self.store not in _STORES:
             raise ValueError(f"store is {self.store!r}; it must be one of {', '.join(_STORES)}")
-        if self.store == "etcd":
-            raise ValueError("store is 'etcd', which this release does not have yet; use --store sqlite")
         if not self.insecure and not is_loopback(self.host):
             raise ValueError(
                 f"host is {self.host!r}, which other machines can reach, and this release serves neither TLS nor "
@@ -88,6 +132,7 @@ class Settings:
             value = getattr(self.service, limit.name)
             if not 0 < value < math.inf:
                 raise ValueError(f"{limit.name} is {value}; it must be finite and above 0")
+        self.etcd.validate()
         self.limits.validate()
 
 
@@ -97,6 +142,14 @@ def is_loopback(host: str) -> bool:
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def is_wildcard(host: str) -> bool:
+    """Whether the host means every address of this machine."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
     except ValueError:
         return False
 
@@ -139,7 +192,9 @@ def _build(
         variable = f"{_ENVIRONMENT_PREFIX}{prefix}{name}".upper()
         if is_dataclass(hint):
             assert isinstance(hint, type)
-            values[name] = _build(hint, {}, environment, table.get(name, {}), prefix=f"{name}_", origin=origin)
+            nested = flags.get(name) or {}
+            assert isinstance(nested, dict)
+            values[name] = _build(hint, nested, environment, table.get(name, {}), prefix=f"{name}_", origin=origin)
         elif flags.get(name) is not None:
             values[name] = flags[name]
         elif variable in environment:
