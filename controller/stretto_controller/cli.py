@@ -30,8 +30,14 @@ def controller(
     advertise: Annotated[
         str | None, typer.Option(help="HOST[:PORT] at which others reach this controller; with --store etcd.")
     ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate with its chain, PEM: serve TLS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key, PEM.")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="Authority, PEM: only clients with a certificate of it.")
+    ] = None,
+    tokens: Annotated[Path | None, typer.Option(help="Hashes of tokens; `stretto token` makes its lines.")] = None,
     insecure: Annotated[
-        bool | None, typer.Option("--insecure", help="Serve other machines without TLS and credentials.")
+        bool | None, typer.Option("--insecure", help="Serve other machines without TLS or without tokens.")
     ] = None,
     ready_file: Annotated[Path | None, typer.Option(help="Written once serving: addresses and pid, JSON.")] = None,
     config: Annotated[Path | None, typer.Option(help="Settings file, TOML.", envvar="STRETTO_CONFIG")] = None,
@@ -48,6 +54,12 @@ def controller(
         "store": store,
         "etcd": {"endpoints": etcd_endpoints},
         "advertise": advertise,
+        "security": {
+            "tls_cert": tls_cert,
+            "tls_key": tls_key,
+            "tls_client_ca": tls_client_ca,
+            "tokens": tokens,
+        },
         "insecure": insecure,
         "ready_file": ready_file,
     }
@@ -65,7 +77,7 @@ def controller(
         raise typer.Exit(1) from error
     try:
         code = asyncio.run(serve(settings))
-    except (StoreError, OSError) as error:
+    except (StoreError, OSError, ValueError) as error:
         typer.echo(f"stretto controller: {error}", err=True)
         raise typer.Exit(1) from error
     raise typer.Exit(code)

@@ -12,6 +12,8 @@ from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 
+from stretto_controller.auth.certificates import Certificates
+from stretto_controller.auth.tokens import Tokens
 from stretto_controller.runner import Runner
 from stretto_controller.service.server import GrpcServer, address
 from stretto_controller.settings import Settings, is_wildcard
@@ -69,8 +71,13 @@ class Term:
     async def _serve(self, stopped: asyncio.Event) -> Outcome:
         settings, runner = self.settings, self.runner
         term: asyncio.Task[None] | None = None
-        grpc_server = GrpcServer(runner, settings)
-        http_server = HttpServer(build_app(runner, settings.service), settings)
+        security = settings.security
+        tokens = Tokens(security.tokens, security.reload_interval_s)
+        certificates = None
+        if security.tls_cert is not None and security.tls_key is not None:
+            certificates = Certificates(security.tls_cert, security.tls_key, security.tls_client_ca)
+        grpc_server = GrpcServer(runner, settings, tokens, certificates)
+        http_server = HttpServer(build_app(runner, settings.service, tokens), settings, certificates)
         try:
             settings = self.settings = replace(
                 settings, grpc_port=await grpc_server.start(), http_port=await http_server.start()
@@ -152,12 +159,16 @@ def _me(settings: Settings) -> Leader:
     if settings.advertise and ":" not in settings.advertise:
         grpc_address = address(settings.advertise, settings.grpc_port)
     name = grpc_address.rpartition(":")[0]
-    return Leader(grpc_address, f"http://{name}:{settings.http_port}")
+    return Leader(grpc_address, f"{_scheme(settings)}://{name}:{settings.http_port}")
+
+
+def _scheme(settings: Settings) -> str:
+    return "http" if settings.security.tls_cert is None else "https"
 
 
 def _announce(settings: Settings) -> None:
     grpc_address = address(settings.host, settings.grpc_port)
-    url = f"http://{address(settings.host, settings.http_port)}"
+    url = f"{_scheme(settings)}://{address(settings.host, settings.http_port)}"
     where = settings.data_dir if settings.store == "sqlite" else f"etcd at {settings.etcd.endpoints}"
     _log.info("serving gRPC on %s, and %s/, %s/metrics; state in %s", grpc_address, url, url, where)
     if settings.ready_file is not None:

@@ -96,6 +96,30 @@ class EtcdSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class SecuritySettings:
+    """Who may reach the controller, and how. Files are read again when they change."""
+
+    # PEM: the certificate with its chain, and its key. Both: gRPC and HTTP speak TLS only.
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    # PEM: only clients with a certificate of this authority are let in, on both ports.
+    tls_client_ca: Path | None = None
+    # Hashes of tokens (`stretto token`). Without it everybody who reaches the ports may do everything.
+    tokens: Path | None = None
+    # The tokens file is looked at again at most so often.
+    reload_interval_s: float = 5.0
+
+    def validate(self) -> None:
+        """Raise ValueError, saying what was given and what is allowed."""
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key belong together; give both or neither")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca needs tls_cert and tls_key")
+        if not 0 <= self.reload_interval_s < math.inf:
+            raise ValueError(f"reload_interval_s is {self.reload_interval_s}; it must be finite and at least 0")
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     host: str = "127.0.0.1"
     # 0 picks a free port.
@@ -103,12 +127,13 @@ class Settings:
     http_port: int = 8080
     data_dir: Path = Path(".stretto/controller")
     store: str = "sqlite"
-    # Serve beyond this machine without credentials and encryption.
+    # Serve beyond this machine without tokens or without TLS.
     insecure: bool = False
     # Written, whole, once both ports serve.
     ready_file: Path | None = None
     # HOST[:PORT] at which others reach this controller's gRPC port, told to those who ask a follower.
     advertise: str = ""
+    security: SecuritySettings = field(default_factory=SecuritySettings)
     etcd: EtcdSettings = field(default_factory=EtcdSettings)
     service: ServiceLimits = field(default_factory=ServiceLimits)
     limits: Limits = field(default_factory=Limits)
@@ -123,10 +148,12 @@ class Settings:
             raise ValueError(f"grpc_port and http_port are both {self.grpc_port}; give two different ports")
         if self.store not in _STORES:
             raise ValueError(f"store is {self.store!r}; it must be one of {', '.join(_STORES)}")
-        if not self.insecure and not is_loopback(self.host):
+        self.security.validate()
+        safe = self.security.tls_cert is not None and self.security.tokens is not None
+        if not self.insecure and not safe and not is_loopback(self.host):
             raise ValueError(
-                f"host is {self.host!r}, which other machines can reach, and this release serves neither TLS nor "
-                "credentials; use --host 127.0.0.1, or say --insecure aloud on a network that you trust"
+                f"host is {self.host!r}, which other machines can reach: give --tls-cert, --tls-key and --tokens "
+                "(docs/operations.md), or use --host 127.0.0.1, or say --insecure aloud on a network that you trust"
             )
         for limit in fields(self.service):
             value = getattr(self.service, limit.name)

@@ -9,6 +9,8 @@ import grpc
 from google.protobuf.message import DecodeError
 from stretto_proto.v1.types_pb2 import Leader
 
+from stretto.credentials import Credentials
+
 # The runtime would run handlers at each fork and log about threads; nothing of ours uses gRPC in a forked
 # child. It reads this when the first channel is opened.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
@@ -83,5 +85,16 @@ def leader_of(error: grpc.RpcError) -> str:
 
 
 def open_channel(endpoint: str, *, several: bool = False) -> grpc.Channel:
-    """A channel to one controller; several: there are others. It connects when it is first used."""
-    return grpc.insecure_channel(endpoint, options=(*_CHANNEL_OPTIONS, *(_SEVERAL if several else _PATIENT)))
+    """A channel to one controller; several: there are others. It connects when it is first used.
+
+    Credentials come from the environment (stretto.credentials). Raises Fatal when they cannot be used.
+    """
+    options = (*_CHANNEL_OPTIONS, *(_SEVERAL if several else _PATIENT))
+    credentials = Credentials.from_environment(os.environ)
+    transport = credentials.transport()
+    if transport is None:
+        credentials.check_plain(endpoint)
+        channel = grpc.insecure_channel(endpoint, options=options)
+    else:
+        channel = grpc.secure_channel(endpoint, transport, options=options)
+    return credentials.signing(channel)

@@ -51,6 +51,20 @@ class JobsClient:
             for channel in self._channels.values():
                 channel.close()
 
+    def controller(self, endpoint: str) -> jobs_pb2.GetControllerResponse:
+        """What the controller at exactly this endpoint says of itself, leader or not."""
+        try:
+            return JobsStub(self._channel(endpoint)).GetController(
+                jobs_pb2.GetControllerRequest(), timeout=self._timeout_s
+            )
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, endpoint=endpoint) from error
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """HOST:PORT each; the one that answered last comes first."""
+        return self._endpoints
+
     def create(self, job: str, spec: types_pb2.JobSpec, *, desired_nodes: int = 0) -> jobs_pb2.Job:
         """Create a job before any node comes. desired_nodes: 0 means max_nodes."""
         request = jobs_pb2.CreateJobRequest(job=job, spec=spec, desired_nodes=desired_nodes)

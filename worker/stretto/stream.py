@@ -245,8 +245,8 @@ class ReconnectingStream(Generic[RequestT, ResponseT]):
         with self._lock:
             # Set before the hello is made: what is said from here on is sent, the rest is in the state.
             self._outbox = outbox
-        channel = open_channel(endpoint, several=len(self._endpoints) > 1)
         call = watchdog = None
+        channel = open_channel(endpoint, several=len(self._endpoints) > 1)
         reason = "the controller ended the stream"
         try:
             opening = self._make_hello()

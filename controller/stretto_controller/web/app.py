@@ -15,6 +15,8 @@ from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
 
 from stretto_controller import metrics
+from stretto_controller.auth.access import ROUTES, UNNAMED
+from stretto_controller.auth.tokens import Tokens, Unauthenticated, check_job
 from stretto_controller.core import events as ev
 from stretto_controller.core.errors import Rejected
 from stretto_controller.runner import Runner, Unavailable
@@ -26,18 +28,18 @@ from stretto_controller.web.watch import Watchers
 from stretto_controller.wire import checks
 
 _ERRORS: dict[int | str, dict[str, object]] = {
-    status: {"model": schema.ErrorOut} for status in (400, 404, 409, 413, 429, 503)
+    status: {"model": schema.ErrorOut} for status in (400, 401, 403, 404, 409, 413, 429, 503)
 }
 JobName = Annotated[str, Path(alias="job", description="the job's name, a DNS label")]
 
 
-def build_app(runner: Runner, limits: ServiceLimits) -> FastAPI:
+def build_app(runner: Runner, limits: ServiceLimits, tokens: Tokens | None = None) -> FastAPI:
     """The application on one runner."""
     app = FastAPI(
         title="Stretto controller",
         description="Jobs, their generations and their events. The /docs page loads its scripts from a CDN.",
         responses=_ERRORS,
-        dependencies=[Depends(_leading(runner))],
+        dependencies=[Depends(_gate(runner, tokens or Tokens(None, 0.0)))],
     )
     app.add_middleware(BodyLimit, size_bytes=limits.body_size_bytes)
     _answer_errors(app)
@@ -54,11 +56,16 @@ def build_app(runner: Runner, limits: ServiceLimits) -> FastAPI:
     return app
 
 
-def _leading(runner: Runner) -> Callable[[Request], Awaitable[None]]:
-    """What stands before every route: the API is the leader's; the page, health and metrics are everybody's."""
+def _gate(runner: Runner, tokens: Tokens) -> Callable[[Request], Awaitable[None]]:
+    """What stands before every route: auth.access.ROUTES; and the API is the leader's, the rest is everybody's."""
 
     async def check(request: Request) -> None:
-        if request.url.path.startswith("/api/"):
+        path = request.scope["route"].path
+        access = ROUTES.get((request.method, path), UNNAMED)
+        who = tokens.caller(access, request.headers.get("authorization", ""))
+        if "job" in request.path_params:
+            check_job(who, request.path_params["job"])
+        if path.startswith("/api/"):
             runner.refuse_unless_leading()
 
     return check
@@ -71,10 +78,14 @@ def _answer_errors(app: FastAPI) -> None:
         return JSONResponse(schema.ErrorOut(error=error, message=message).model_dump(), status_code=status)
 
     @app.exception_handler(Rejected)
+    @app.exception_handler(Unauthenticated)
     @app.exception_handler(Unavailable)
-    async def refused(request: Request, error: Rejected | Unavailable) -> JSONResponse:
+    async def refused(request: Request, error: Rejected | Unauthenticated | Unavailable) -> JSONResponse:
         status, word, message = http_status(error)
         response = answer(status, word, message)
+        if isinstance(error, Unauthenticated):
+            # A browser then asks for it: any user name, the token as password.
+            response.headers["WWW-Authenticate"] = 'Basic realm="stretto", charset="UTF-8"'
         if isinstance(error, Unavailable):
             response.headers["Retry-After"] = "1"
             if error.leader.http_url:

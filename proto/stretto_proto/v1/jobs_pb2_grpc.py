@@ -85,6 +85,11 @@ class JobsStub(object):
                 request_serializer=stretto__proto_dot_v1_dot_jobs__pb2.ListGenerationsRequest.SerializeToString,
                 response_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.ListGenerationsResponse.FromString,
                 _registered_method=True)
+        self.GetController = channel.unary_unary(
+                '/stretto.v1.Jobs/GetController',
+                request_serializer=stretto__proto_dot_v1_dot_jobs__pb2.GetControllerRequest.SerializeToString,
+                response_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.GetControllerResponse.FromString,
+                _registered_method=True)
 
 
 class JobsServicer(object):
@@ -154,6 +159,13 @@ class JobsServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetController(self, request, context):
+        """Every controller answers for itself, also one that does not lead.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_JobsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -206,6 +218,11 @@ def add_JobsServicer_to_server(servicer, server):
                     servicer.ListGenerations,
                     request_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.ListGenerationsRequest.FromString,
                     response_serializer=stretto__proto_dot_v1_dot_jobs__pb2.ListGenerationsResponse.SerializeToString,
+            ),
+            'GetController': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetController,
+                    request_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.GetControllerRequest.FromString,
+                    response_serializer=stretto__proto_dot_v1_dot_jobs__pb2.GetControllerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -479,6 +496,33 @@ class Jobs(object):
             '/stretto.v1.Jobs/ListGenerations',
             stretto__proto_dot_v1_dot_jobs__pb2.ListGenerationsRequest.SerializeToString,
             stretto__proto_dot_v1_dot_jobs__pb2.ListGenerationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetController(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stretto.v1.Jobs/GetController',
+            stretto__proto_dot_v1_dot_jobs__pb2.GetControllerRequest.SerializeToString,
+            stretto__proto_dot_v1_dot_jobs__pb2.GetControllerResponse.FromString,
             options,
             channel_credentials,
             insecure,
