@@ -11,7 +11,7 @@ SOURCES := proto controller worker tests benchmarks examples
 SOAK_S ?= 600
 PYTEST_ARGS ?=
 
-.PHONY: help demo test gpu check soak format lint types contracts proto proto-check static bench traces clean
+.PHONY: help demo test gpu check soak format lint types contracts proto proto-check static bench traces dashboards clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,7 +25,8 @@ $(GENERATORS): proto/requirements.txt tools/make_venv.sh
 	touch $@
 
 $(TOOLS): tools/debian_packages.sh | $(STAMP)
-	tools/debian_packages.sh ip=iproute2 etcd=etcd-server openssl=openssl
+	tools/debian_packages.sh ip=iproute2 prometheus=prometheus promtool=prometheus chromium=chromium \
+	  etcd=etcd-server openssl=openssl
 	touch $@
 
 demo: $(STAMP) ## train a small CNN on MNIST while nodes come, die and drain (under 4 minutes)
@@ -70,6 +71,9 @@ bench: $(STAMP) ## all benchmarks, ours and the peer's side by side
 
 traces: $(STAMP) ## rewrite the golden traces and the generated parts of the docs, on purpose
 	STRETTO_REWRITE_TRACES=1 $(PY) -m pytest tests/core tests/test_docs.py
+
+dashboards: $(STAMP) ## write the Grafana dashboards
+	$(PY) tools/dashboards.py deploy/grafana/dashboards
 
 clean: ## remove everything that make made
 	rm -rf .venv .venv-proto .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .stretto

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from gain_oracle import GainOracle
-from stretto import AdaScale, rules
+from stretto import AdaScale, adasum, rules
 from stretto.adascale_options import AdaScaleSettings
 from torch import Tensor, nn
 from toy_regression import (
@@ -263,6 +263,7 @@ def bad_constructions() -> dict[str, tuple[Callable[[], Any], str]]:
     other = torch.optim.SGD(make_model().parameters(), lr=LR)
     schedule = torch.optim.lr_scheduler
     lbfgs = torch.optim.LBFGS(model.parameters())
+    deltas = adasum.DeltaOptimizer(torch.optim.SGD(model.parameters(), lr=LR))
     plateau = schedule.ReduceLROnPlateau(inner)
 
     def build(optimizer: Any = inner, **options: Any) -> Callable[[], Any]:
@@ -270,12 +271,17 @@ def bad_constructions() -> dict[str, tuple[Callable[[], Any], str]]:
         return lambda: AdaScale(optimizer, model, **options)
 
     return {
+        "base missing": (lambda: AdaScale(inner, model), "base_batch_size"),  # type: ignore[call-arg]  # on purpose
+        "base None": (build(base_batch_size=None), "base_batch_size is None"),
         "base 0": (build(base_batch_size=0), "base_batch_size is 0"),
         "base 1.5": (build(base_batch_size=1.5), "base_batch_size is 1.5"),
         "batch -1": (build(batch_size=-1), "batch_size is -1"),
         "accumulation 0": (build(accumulation_steps=0), "accumulation_steps is 0"),
         "not an optimizer": (build(optimizer=model), "is a Sequential"),
         "wrapped twice": (build(optimizer=make(model)), "is an AdaScale already"),
+        "Adasum's deltas": (lambda: AdaScale(deltas, model, base_batch_size=4), "AdaScale or Adasum, not both"),
+        "Adasum's hook": (build(comm_hook=adasum.ddp_hook), "AdaScale or Adasum, not both"),
+        "no parameters": (lambda: AdaScale(inner, nn.Identity(), base_batch_size=4), "model has no parameters"),
         "another model": (build(optimizer=other), "are not the model's"),
         "another schedule": (build(scheduler=schedule.StepLR(other, 1)), "belongs to another optimizer"),
         "plateau": (build(scheduler=plateau), "follows a metric"),
@@ -287,5 +293,5 @@ def bad_constructions() -> dict[str, tuple[Callable[[], Any], str]]:
 @pytest.mark.parametrize("name", bad_constructions())
 def test_bad_arguments_are_refused_with_what_is_allowed(name: str) -> None:
     construct, message = bad_constructions()[name]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         construct()

@@ -72,6 +72,9 @@ class ScriptedJobs(rpc.JobsServicer):
     def DrainNode(self, request: Any, context: Any) -> pb.DrainNodeResponse:
         return pb.DrainNodeResponse(job=self._find(request, context))
 
+    def CheckpointJob(self, request: Any, context: Any) -> pb.CheckpointJobResponse:
+        return pb.CheckpointJobResponse(job=self._find(request, context))
+
     def DeleteJob(self, request: Any, context: Any) -> pb.DeleteJobResponse:
         self._find(request, context)
         return pb.DeleteJobResponse()
@@ -85,6 +88,10 @@ class ScriptedJobs(rpc.JobsServicer):
         self._find(request, context)
         summary = pb.GenerationSummary(generation=self.job.generation, steps=40, mean_gain=1.75, pause_s=0.5)
         return pb.ListGenerationsResponse(generations=[summary])
+
+    def ListPoints(self, request: Any, context: Any) -> pb.ListPointsResponse:
+        self._find(request, context)
+        return pb.ListPointsResponse(time_s=[1.7e9], step=[40], tau=[66.0])
 
 
 def _serve(servicer: ScriptedJobs) -> tuple[grpc.Server, str]:
@@ -120,8 +127,10 @@ def test_asks_for_what_its_methods_say(controller: tuple[ScriptedJobs, str]) -> 
         client.pause("digits")
         client.resume("digits")
         client.drain("digits", "node-b")
+        client.checkpoint("digits")
         assert client.events("digits", after_sequence=7)[0].kind == "node_joined"
         assert client.generations("digits")[0].mean_gain == 1.75
+        assert [*client.points("digits", after_s=5.0).tau] == [66.0]
         client.delete("digits")
     assert servicer.asked == [
         pb.GetJobRequest(job="digits"),
@@ -129,8 +138,10 @@ def test_asks_for_what_its_methods_say(controller: tuple[ScriptedJobs, str]) -> 
         pb.PauseJobRequest(job="digits"),
         pb.ResumeJobRequest(job="digits"),
         pb.DrainNodeRequest(job="digits", node_id="node-b"),
+        pb.CheckpointJobRequest(job="digits"),
         pb.ListEventsRequest(job="digits", after_sequence=7),
         pb.ListGenerationsRequest(job="digits"),
+        pb.ListPointsRequest(job="digits", after_s=5.0),
         pb.DeleteJobRequest(job="digits"),
     ]
 

@@ -308,8 +308,8 @@ def test_parameters_become_settings() -> None:
     assert settings.endpoints == ("localhost:29400",)
     assert (settings.join_timeout_s, settings.slots, settings.address) == (7.5, 2, "127.0.0.1")
     assert settings.reconfigure == "restart"
-    live = AgentSettings.from_parameters(parameters(reconfigure="in-process", sign_in_warning="5"))
-    assert (live.reconfigure, live.sign_in_warning_s) == ("in-process", 5.0)
+    live = AgentSettings.from_parameters(parameters(reconfigure="in-process", sign_in_warning="5", sign_in_limit="9"))
+    assert (live.reconfigure, live.sign_in_warning_s, live.sign_in_limit_s) == ("in-process", 5.0, 9.0)
 
 
 @pytest.mark.parametrize(

@@ -309,7 +309,7 @@ def test_workers_that_end_without_a_session_are_no_success(
 def test_workers_without_a_session_are_named_after_the_limit_and_again_later(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    start = WorkerStart(3, 60.0, now_s=100.0)
+    start = WorkerStart(3, 60.0, 3600.0, now_s=100.0)
     directory = start.environment[SIGN_IN_VARIABLE]
     sign_in({SIGN_IN_VARIABLE: directory, "RANK": "1"})
     caplog.set_level(logging.WARNING)

@@ -88,6 +88,14 @@ def test_a_cut_is_answered_at_once_and_only_by_those_whom_it_concerns() -> None:
     assert state.over(3) is not None
 
 
+def test_a_checkpoint_is_asked_for_in_one_generation() -> None:
+    state, asked = _running(3), list[bool]()
+    for generation in (2, 3):
+        state.hear(pb.TrainResponse(save=pb.SaveCheckpoint(generation=generation, reason="asked")))
+        asked.append(state.save_asked)
+    assert asked == [False, True]
+
+
 def test_a_request_to_leave_is_of_one_generation() -> None:
     state = _running(3)
     said: list[Leave | None] = []
@@ -115,10 +123,21 @@ def test_a_new_connection_says_again_what_waits_for_an_answer() -> None:
 
 
 def test_sigterm_means_drain_only_where_there_is_work_to_leave_in_order() -> None:
-    assert _state().on_sigterm() is OnSigterm.EXIT
-    state = _running(3)
-    assert state.on_sigterm() is OnSigterm.DRAIN
+    assert _state().on_sigterm(broken=True) is OnSigterm.EXIT
+    state = _running(3, step=0)
+    assert state.on_sigterm(broken=True) is OnSigterm.EXIT, "its peers are gone, and it has done nothing yet"
+    assert state.on_sigterm(broken=False) is OnSigterm.DRAIN
     assert state.drain().draining.generation == 3
     assert [message.WhichOneof("body") for message in state.opening()] == ["hello", "draining"]
     state.hear(pb.TrainResponse(cut=pb.CutGeneration(generation=3, reason="broken")))
-    assert state.on_sigterm() is OnSigterm.EXIT
+    assert state.on_sigterm(broken=False) is OnSigterm.EXIT
+
+
+def test_who_keeps_steps_in_memory_asks_before_it_goes() -> None:
+    state = _running(3, step=10)
+    state.hear(pb.TrainResponse(cut=pb.CutGeneration(generation=3, reason="broken")))
+    assert state.on_sigterm(broken=True) is OnSigterm.DRAIN
+    state.ask(failed=True)
+    assert state.on_sigterm(broken=True) is OnSigterm.DRAIN, "it waits, and may be the last that has them"
+    state.refused = True
+    assert state.on_sigterm(broken=True) is OnSigterm.EXIT

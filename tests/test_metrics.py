@@ -8,8 +8,6 @@ from dataclasses import replace
 
 import pytest
 from harness.bench import SPEC, Bench, hello
-from prometheus_client import generate_latest
-from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 from stretto_controller.core.events import (
@@ -24,9 +22,9 @@ from stretto_controller.core.events import (
 from stretto_controller.core.model import JobSpec, Mode, WorkerReady
 from stretto_controller.core.report import Checkpoint, Histogram, Pace, Progress
 from stretto_controller.figures import CountedSteps, Figures, Observations, ProgressRate
-from stretto_controller.metrics import COUNTER, FAMILIES, HISTOGRAM, registry
+from stretto_controller.metrics import COUNTER, FAMILIES, HISTOGRAM, exposition
 
-# design.md, section 3: dashboards and other tools rely on these.
+# Dashboards, alerts and other tools rely on these.
 NAMES = [
     "stretto_gain_ratio",
     "stretto_tau_iterations",
@@ -35,6 +33,7 @@ NAMES = [
     "stretto_scale_ratio",
     "stretto_gradient_variance",
     "stretto_gradient_sqr_norm",
+    "stretto_adasum_orthogonality_ratio",
     "stretto_progress_rate",
     "stretto_remaining_seconds",
     "stretto_loss",
@@ -48,8 +47,6 @@ NAMES = [
     "stretto_desired_nodes",
     "stretto_min_nodes",
     "stretto_max_nodes",
-    "stretto_recommended_nodes",
-    "stretto_predicted_progress_rate",
     "stretto_straggler_ratio",
     "stretto_generation",
     "stretto_generation_changes_total",
@@ -67,7 +64,7 @@ Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 def scrape(bench: Bench, finished_series_s: float = 600.0) -> Series:
-    text = generate_latest(registry(bench.runner, finished_series_s)).decode()
+    text = exposition(bench.runner, finished_series_s)
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in parse(text)
@@ -97,7 +94,7 @@ async def running(bench: Bench) -> None:
 
 async def test_every_name_of_the_design_is_there_before_there_is_any_data(bench: Bench) -> None:
     assert sorted(family.name for family in FAMILIES) == sorted(NAMES)
-    text = generate_latest(registry(bench.runner, 600.0)).decode()
+    text = exposition(bench.runner, 600.0)
     for family in FAMILIES:
         kind = {COUNTER: "counter", HISTOGRAM: "histogram"}.get(family.kind, "gauge")
         assert f"# TYPE {family.name} {kind}\n" in text
@@ -108,10 +105,35 @@ async def test_every_name_of_the_design_is_there_before_there_is_any_data(bench:
 async def test_openmetrics_text_is_valid(bench: Bench) -> None:
     await running(bench)
     await bench.progress("a", step=3, tau=4.5)
-    text = generate_openmetrics(registry(bench.runner, 600.0)).decode()  # type: ignore[no-untyped-call]  # untyped there
+    text = exposition(bench.runner, 600.0, openmetrics=True)
     families = parse_openmetrics(text)  # type: ignore[no-untyped-call]  # untyped there
     names = {family.name for family in families}
     assert {name.removesuffix("_total") for name in NAMES} <= names
+
+
+async def test_openmetrics_tells_the_unit_wherever_it_is_the_names_last_word(bench: Bench) -> None:
+    text = exposition(bench.runner, 600.0, openmetrics=True)
+    units = dict(line.split()[2:4] for line in text.splitlines() if line.startswith("# UNIT"))
+    assert units["stretto_tau_iterations"] == "iterations"
+    assert units["stretto_steps"] == "steps"
+    assert units["stretto_step_seconds"] == "seconds"
+    assert units["stretto_checkpoint_bytes"] == "bytes"
+    assert units["stretto_gain_ratio"] == "ratio"
+    assert "stretto_world_size" not in units, "its unit, workers, is not in its name"
+    unnamed = {family.name for family in FAMILIES if family.unit not in family.help and not family.named_unit}
+    assert all(f"Unit: {family.unit}." in text for family in FAMILIES if family.name in unnamed)
+
+
+async def test_a_job_has_a_bounded_number_of_series(bench: Bench) -> None:
+    await running(bench)
+    await bench.progress("a", step=3, tau=4.5)
+    before = scrape(bench).keys()
+    for step in range(4, 40):
+        bench.now_s += 1.0
+        await bench.progress("a", step=step, tau=float(step), loss=1.0 / step)
+    added = scrape(bench).keys() - before
+    assert {name for name, _ in added} <= {"stretto_remaining_seconds"}
+    assert len([1 for _, labels in before if ("training_job", "a") in labels]) < 100
 
 
 async def test_the_workers_figures_are_exported_as_they_came(bench: Bench) -> None:
@@ -128,6 +150,7 @@ async def test_the_workers_figures_are_exported_as_they_came(bench: Bench) -> No
         sqr_norm=7.0,
         samples=96,
         step_seconds=Histogram((0.1, 1.0), (2, 3), 3, 0.9),
+        orthogonality=(0.5, 0.75, 1.0),
     )
     bench.runner.submit("a", WorkerProgressed("a-w", report))
     await bench.store.finish()
@@ -141,6 +164,8 @@ async def test_the_workers_figures_are_exported_as_they_came(bench: Bench) -> No
     assert value(series, "stretto_scale_ratio") == 1.0
     assert value(series, "stretto_gradient_variance") == -2.0
     assert value(series, "stretto_gradient_sqr_norm") == 7.0
+    for quantile, ratio in (("0", 0.5), ("0.5", 0.75), ("1", 1.0)):
+        assert value(series, "stretto_adasum_orthogonality_ratio", quantile=quantile) == ratio
     assert value(series, "stretto_steps_total") == 3
     assert value(series, "stretto_samples_total") == 96
     assert value(series, "stretto_step_seconds_bucket", le="0.1") == 2
@@ -287,9 +312,9 @@ def test_only_labels_of_the_design_are_used() -> None:
     assert labels == {
         "stretto_effective_learning_rate": ("group",),
         "stretto_base_learning_rate": ("group",),
+        "stretto_adasum_orthogonality_ratio": ("quantile",),
         "stretto_nodes": ("state",),
         "stretto_phase": ("phase",),
-        "stretto_predicted_progress_rate": ("nodes",),
         "stretto_generation_changes_total": ("reason",),
         "stretto_reconfigure_seconds": ("kind",),
     }

@@ -117,6 +117,14 @@ def test_sigterm_ends_a_fenced_or_refused_worker_at_once() -> None:
     assert refused.on_sigterm() is OnSigterm.EXIT
 
 
+def test_a_checkpoint_is_asked_for_in_one_generation() -> None:
+    state = _state()
+    state.hear(pb.TrainResponse(save=pb.SaveCheckpoint(generation=3)))
+    assert not state.save_asked
+    state.hear(pb.TrainResponse(save=pb.SaveCheckpoint(generation=4, reason="asked")))
+    assert state.save_asked
+
+
 def test_sigterm_leaves_a_finished_worker_time_for_its_last_lines() -> None:
     state = _state()
     state.finish(10, 2000.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from importlib.resources import files
 from typing import Any
 
 import httpx
@@ -17,6 +18,7 @@ from stretto_controller.core.events import DeleteRequested, JobCreated, PauseReq
 from stretto_controller.service.errors import grpc_status, http_status
 from stretto_controller.settings import ServiceLimits
 from stretto_controller.web.app import build_app
+from stretto_controller.web.feed import Feed, Position
 from stretto_controller.web.watch import Watchers
 
 
@@ -66,6 +68,8 @@ async def test_a_job_is_shown_with_its_nodes_generation_and_progress(site: Site)
             "address": "127.0.0.1",
             "connected": True,
             "silent_s": 0.0,
+            "first_rank": 0,
+            "step_s": None,
         }
     ]
     assert (job["generation"]["number"], job["generation"]["scale"]) == (1, 1.0)
@@ -196,8 +200,104 @@ async def test_the_page_needs_nothing_from_elsewhere(site: Site) -> None:
     page = await site.ask("GET", "/")
     assert page.headers["content-type"].startswith("text/html")
     assert "<title>Stretto</title>" in page.text
-    assert "http://" not in page.text
-    assert "https://" not in page.text
+    static = files("stretto_controller.web") / "static"
+    names = [path.name for path in static.iterdir() if path.is_file() and path.name != "index.html"]
+    assert len(names) > 5
+    for name in names:
+        answer = await site.ask("GET", f"/static/{name}")
+        assert answer.status_code == 200
+        assert "//" not in answer.text.replace("// ", ""), f"{name} may refer to another server"
+    assert (await site.ask("GET", "/static/nothing.js")).status_code == 404
+
+
+async def test_history_has_the_curve_of_a_diverged_run_without_breaking_json(site: Site) -> None:
+    await site.bench.progress("a", step=3, tau=4.0, loss=math.inf, gain=-math.inf)
+    site.bench.wall_s += 5.0
+    await site.bench.progress("a", step=4, tau=5.5, loss=-0.25)
+    points = (await site.ask("GET", "/api/v1/jobs/a/history")).json()["points"]
+    assert {len(values) for values in points.values()} == {2}
+    assert points["loss"] == [None, -0.25]
+    assert points["step"] == [2, 4]
+
+
+def told(frame: bytes) -> tuple[str, str, Any]:
+    """(id, event, data) of a server-sent event."""
+    fields = dict(line.partition(": ")[::2] for line in frame.decode().splitlines() if line)
+    return fields.get("id", ""), fields["event"], json.loads(fields["data"])
+
+
+async def test_a_page_is_told_everything_first_and_only_news_when_it_comes_back(site: Site) -> None:
+    feed = Feed(site.bench.runner, Watchers(site.bench.runner, 10), 0.01)
+    follower = feed.follow("a", Position())
+    _, kind, fleet = told(await anext(follower))
+    assert (kind, fleet["whole"], [job["name"] for job in fleet["jobs"]]) == ("fleet", True, ["a"])
+    seen, kind, news = told(await anext(follower))
+    assert (kind, news["job"]["phase"], news["points"]["step"]) == ("job", "running", [2])
+    assert [event["kind"] for event in news["events"]] == ["node_joined", "running"]
+    await follower.aclose()  # type: ignore[attr-defined]  # a generator
+
+    site.bench.wall_s += 5.0
+    await site.bench.progress("a", step=9, tau=9.0)
+    follower = feed.follow("a", Position.parse(seen))
+    await anext(follower)
+    _, _, news = told(await anext(follower))
+    assert (news["events"], news["points"]["step"], news["anew"]) == ([], [9], False)
+    assert len(news["generations"]) == 1, "all of them, since one may have ended meanwhile"
+    await follower.aclose()  # type: ignore[attr-defined]  # a generator
+
+
+async def test_a_page_that_knows_more_than_the_controller_begins_anew(site: Site) -> None:
+    feed = Feed(site.bench.runner, Watchers(site.bench.runner, 10), 0.01)
+    follower = feed.follow("a", Position(sequence=999, point_s=9e12))
+    await anext(follower)
+    _, _, news = told(await anext(follower))
+    assert news["anew"]
+    assert len(news["events"]) == 2
+    assert news["points"]["step"] == [2]
+    await follower.aclose()  # type: ignore[attr-defined]  # a generator
+
+
+async def test_pages_of_one_job_share_what_is_made_for_them(site: Site) -> None:
+    feed = Feed(site.bench.runner, Watchers(site.bench.runner, 10), 0.01)
+    one, other = feed.follow("a", Position()), feed.follow("a", Position())
+    for follower in (one, other):
+        await anext(follower)
+    assert await anext(one) is await anext(other)
+    for follower in (one, other):
+        await follower.aclose()  # type: ignore[attr-defined]  # a generator
+
+
+async def test_the_fleet_is_told_by_its_changes_and_a_deleted_job_goes(site: Site) -> None:
+    feed = Feed(site.bench.runner, Watchers(site.bench.runner, 10), 0.01)
+    follower = feed.follow(None, Position())
+    await anext(follower)
+    site.bench.runner.submit("b", JobCreated(SPEC))
+    await site.bench.store.finish()
+    _, _, fleet = told(await anext(follower))
+    assert (fleet["whole"], [job["name"] for job in fleet["jobs"]], fleet["gone"]) == (False, ["b"], [])
+    site.bench.runner.submit("a", DeleteRequested())
+    await site.bench.store.finish()
+    _, _, fleet = told(await anext(follower))
+    assert (fleet["jobs"], fleet["gone"]) == ([], ["a"])
+    await follower.aclose()  # type: ignore[attr-defined]  # a generator
+
+
+async def test_pages_beyond_the_limit_and_of_unknown_jobs_are_refused(site: Site) -> None:
+    watchers = Watchers(site.bench.runner, 1)
+    feed = Feed(site.bench.runner, watchers, 0.01)
+    with pytest.raises(Rejected, match="no job 'nobody'"):
+        feed.follow("nobody", Position())
+    first = feed.follow(None, Position())
+    await anext(first)
+    with pytest.raises(Rejected, match="1 event streams are open"):
+        feed.follow(None, Position())
+    await first.aclose()  # type: ignore[attr-defined]  # a generator
+
+
+@pytest.mark.parametrize("text", ["x", "1", "-1/2", "1/x", "9" * 50, "1/2/3", "1/nan"])
+def test_a_bad_position_is_refused(text: str) -> None:
+    with pytest.raises(Rejected, match="Last-Event-ID"):
+        Position.parse(text)
 
 
 async def test_the_api_describes_itself(site: Site) -> None:
@@ -210,6 +310,7 @@ async def test_the_api_describes_itself(site: Site) -> None:
         "/api/v1/jobs/{job}",
         "/api/v1/jobs/{job}/history",
         "/api/v1/jobs/{job}/events",
+        "/api/v1/watch",
     } == set(paths)
     assert (await site.ask("GET", "/docs")).status_code == 200
 

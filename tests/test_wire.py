@@ -158,6 +158,7 @@ def test_other_messages_of_nodes_and_workers_become_their_events() -> None:
         ({"generation_gain_sum": math.nan}, "generation_gain_sum is nan"),
         ({"samples": 2**60}, "samples is"),
         ({"effective_lr": [0.1] * 2000}, "effective_lr has 2000 values; at most 1024"),
+        ({"orthogonality": [0.5, 1.0]}, "orthogonality has 2 values; give minimum, median and maximum"),
         ({"step_seconds": types.Histogram(upper_bounds=[1.0])}, "1 upper_bounds and 0 cumulative_counts"),
         ({"step_seconds": types.Histogram(upper_bounds=[2, 1], cumulative_counts=[0, 0])}, "must rise"),
         ({"step_seconds": types.Histogram(upper_bounds=[math.nan], cumulative_counts=[0])}, "must rise"),
@@ -207,6 +208,7 @@ def histograms(draw: st.DrawFn) -> Histogram:
         generation_gain_sum=amounts,
         pause_s=amounts,
         step_seconds=histograms(),
+        orthogonality=st.sampled_from([(), (0.25, 0.5, 1.0)]),
     )
 )
 def test_progress_survives_the_wire(value: Progress) -> None:
@@ -249,6 +251,7 @@ def test_actions_become_the_messages_of_their_stream() -> None:
     leave = training.LeaveGeneration(generation=4, reason="why", save=True)
     assert to_worker(act.AskToLeave("s", 4, "why", save=True)).leave == leave
     assert not to_worker(act.AskToLeave("s", 4, "why", save=False)).leave.save
+    assert to_worker(act.AskToSave("s", 4, "why")).save == training.SaveCheckpoint(generation=4, reason="why")
     assert to_worker(act.FenceWorker("s", 3, "over")).fenced.generation == 3
 
 
@@ -356,3 +359,12 @@ def test_a_bad_request_of_a_live_worker_is_refused(changes: dict[str, Any], mess
 def test_a_bad_sign_of_life_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(Rejected, match=message):
         inbound.worker_event(training.TrainRequest(alive=training.WorkerAlive(**changes)), "s")
+
+
+def test_a_failed_checkpoint_is_heard_with_its_reason() -> None:
+    failed = types.CheckpointFailed(generation=4, step=7, reason="no space left")
+    heard = inbound.worker_event(training.TrainRequest(checkpoint_failed=failed), "s")
+    assert heard == ev.CheckpointFailed("s", 4, 7, "no space left")
+    too_long = training.TrainRequest(checkpoint_failed=types.CheckpointFailed(generation=4, reason="x" * 1001))
+    with pytest.raises(Rejected, match="reason has 1001 characters"):
+        inbound.worker_event(too_long, "s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ from stretto_controller.core.actions import (
     LogEvent,
 )
 from stretto_controller.core.model import JobState
+from stretto_controller.core.report import Progress
+from stretto_controller.curve import Curve, Point
 from stretto_controller.figures import Figures
 from stretto_controller.settings import ServiceLimits
 from stretto_controller.snapshot import JobView
@@ -40,6 +43,8 @@ class Release:
     reason: str
     events: tuple[StoredEvent, ...] = ()
     generations: tuple[GenerationSummary, ...] = ()
+    points: tuple[Point, ...] = ()
+    points_anew: bool = False
     saved: asyncio.Future[None] | None = None
 
 
@@ -52,6 +57,7 @@ class Job:
         self.state: JobState | None = None
         self.releases: deque[Release] = deque()
         self.figures = Figures(service.rate_window_s)
+        self.curve = Curve(service.kept_points, service.point_interval_s)
         # Set at the next news, and then replaced by a fresh one.
         self.news = asyncio.Event()
         self.logged_reason = ""
@@ -63,6 +69,7 @@ class Job:
         self._generations: dict[tuple[int, int], GenerationSummary] = {}
         self._marks = Marks()
         self._current: GenerationSummary | None = None
+        self._points_saved_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
     def load(self, stored: StoredJob) -> None:
@@ -72,6 +79,7 @@ class Job:
         self.logged_reason = stored.record.reason
         self._events.extend(stored.events)
         self._generations = {summary.key: summary for summary in stored.generations}
+        self.curve.load(stored.points)
         if stored.generations and not stored.generations[-1].ended_s:
             self._current = stored.generations[-1]
 
@@ -81,23 +89,35 @@ class Job:
         record = state.record
         if previous is not None and previous.record.incarnation != record.incarnation:
             self.figures = Figures(self._service.rate_window_s)
+            self.curve.clear()
             self._marks, self._current = Marks(), None
         checkpoint = record.checkpoint
         if checkpoint is not None and (previous is None or checkpoint is not previous.record.checkpoint):
             self.figures.note_checkpoint(checkpoint)
             self._marks = replace(self._marks, checkpoint_s=at.wall_s)
-        if record.phase.finished and not self._marks.finished_s:
+        progress, ends = state.live.progress, record.phase.finished and not self._marks.finished_s
+        if ends:
             self._marks = replace(self._marks, finished_s=at.wall_s)
-        progress = state.live.progress
         if progress is not None and (previous is None or progress is not previous.live.progress):
             self.figures.note_progress(progress, at.now_s)
+            self.curve.note(_point(progress, self.figures.rate.value(at.now_s), at.wall_s))
+        if progress is not None and ends:
+            self.curve.note(_point(progress, self.figures.rate.value(at.now_s), at.wall_s), last=True)
+        events = tuple(self._story(decision, at.wall_s, last_sequence))
+        points: tuple[Point, ...] = ()
+        points_anew = False
+        if events or at.now_s - self._points_saved_s >= self._service.points_saved_s:
+            self._points_saved_s = at.now_s
+            points, points_anew = self.curve.take_unsaved()
         release = Release(
             state,
             self._marks,
             decision.actions,
             decision.reason,
-            tuple(self._story(decision, at.wall_s, last_sequence)),
+            events,
             tuple(self._history(decision, at.wall_s)),
+            points,
+            points_anew,
         )
         self.state = state
         return release
@@ -126,6 +146,7 @@ class Job:
             now_s,
             tuple(self._events),
             tuple(self._generations.values()),
+            self.curve,
         )
 
     def plan_wake_up(self, wait_s: float | None, wake: Callable[[Job], None]) -> None:
@@ -164,6 +185,22 @@ class Job:
         assert self._current is not None, f"generation {number} went on, and none had begun"
         assert self._current.generation.number == number, f"generation {number} went on, another had begun"
         return self._current
+
+
+def _point(progress: Progress, rate: float, wall_s: float) -> Point:
+    return Point(
+        time_s=wall_s,
+        generation=progress.generation,
+        step=progress.step,
+        tau=progress.tau,
+        gain=progress.gain,
+        scale=progress.scale,
+        loss=progress.loss,
+        # Of the first group; the others' follow the same schedule more often than not.
+        effective_lr=progress.effective_lr[0] if progress.effective_lr else math.nan,
+        base_lr=progress.base_lr[0] if progress.base_lr else math.nan,
+        progress_rate=rate,
+    )
 
 
 def _ended(begun: GenerationSummary, action: EndGeneration, wall_s: float) -> GenerationSummary:

@@ -99,6 +99,9 @@ class Runner:
         self._running = False
         for job in self._jobs.values():
             job.cancel_wake_up()
+            points, anew = job.curve.take_unsaved()
+            if points and self.failure is None:
+                self._save(job, Save(job.name, points=points, points_anew=anew))
         if self._saves:
             await asyncio.wait(set(self._saves.values()))
 
@@ -234,7 +237,7 @@ class Runner:
             job.state = None
             del self._jobs[job.name]
         job.releases.append(release)
-        if forget or record_changed or release.events or release.generations:
+        if forget or record_changed or release.events or release.generations or release.points:
             release.saved = self._save(
                 job,
                 Save(
@@ -243,6 +246,8 @@ class Runner:
                     release.marks,
                     release.events,
                     release.generations,
+                    release.points,
+                    release.points_anew,
                     forget,
                 ),
             )

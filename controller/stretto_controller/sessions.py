@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from stretto_controller.core.actions import (
     Action,
     AskToLeave,
+    AskToSave,
     Assign,
     AssignWorker,
     CloseSession,
@@ -24,7 +25,7 @@ from stretto_controller.core.actions import (
 )
 
 NodeAction = Assign | StartWorkers | StopWorkers | Dismiss | FinishGeneration
-WorkerAction = WelcomeWorker | AskToLeave | AssignWorker | CutGeneration | SaveAndExit | FenceWorker
+WorkerAction = WelcomeWorker | AskToLeave | AskToSave | AssignWorker | CutGeneration | SaveAndExit | FenceWorker
 StreamAction = NodeAction | WorkerAction
 
 

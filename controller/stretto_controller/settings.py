@@ -24,8 +24,8 @@ class ServiceLimits:
     max_jobs: int = 1000
     # Streams of agents and workers together; about 30 KB each.
     max_sessions: int = 20_000
-    # Open event streams of the HTTP API.
-    max_watchers: int = 100
+    # Open event streams of the HTTP API; each open page has one.
+    max_watchers: int = 200
     # A stream that has not said Hello by then is ended.
     first_message_s: float = 5.0
     # A stream may send this many messages at once, and this many each second for long; more ends it.
@@ -44,12 +44,21 @@ class ServiceLimits:
     # Kept per job, in the store and in memory.
     kept_events: int = 1000
     kept_generations: int = 1000
+    # Points of the curves on the page: 80 bytes each. When they are full every second one goes.
+    kept_points: int = 4000
+    # The least between two points.
+    point_interval_s: float = 1.0
+    # What a kill -9 may cost of the curves; points are saved together, this far apart.
+    points_saved_s: float = 10.0
+    # How often open pages are told what is new.
+    watch_interval_s: float = 1.0
     # A finished job's metrics are exported for this long.
     finished_series_s: float = 600.0
     # On a stop, streams and requests have this long to end by themselves.
     stop_grace_s: float = 1.0
-    # After a failed save, /readyz and /metrics tell of it for this long before the controller exits.
-    failure_shown_s: float = 2.0
+    # After a failed save, /readyz and /metrics tell of it for this long before the controller exits; longer than the
+    # 5 s between scrapes, or the alert on it never sees it.
+    failure_shown_s: float = 6.0
 
 
 @dataclass(frozen=True, slots=True)

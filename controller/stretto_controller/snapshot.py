@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from stretto_controller.core import pace
 from stretto_controller.core.model import JobState, Node, Record
 from stretto_controller.core.report import Progress
+from stretto_controller.curve import Curve
 from stretto_controller.figures import Figures
 from stretto_controller.store.contents import GenerationSummary, Marks, StoredEvent
 
@@ -20,6 +21,10 @@ class NodeView:
     connected: bool
     # NaN for a node that this controller has not heard of since it started.
     silent_s: float
+    # Its first worker's; -1 outside the current generation.
+    first_rank: int = -1
+    # The slowest of its workers' usual steps, as they say (in-process mode); NaN until known.
+    step_s: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +37,7 @@ class JobView:
     now_s: float
     events: tuple[StoredEvent, ...] = ()
     generations: tuple[GenerationSummary, ...] = ()
+    curve: Curve = field(default_factory=lambda: Curve(1, 0.0))
 
     @property
     def record(self) -> Record:
@@ -61,17 +67,23 @@ class JobView:
     def nodes(self) -> tuple[NodeView, ...]:
         """In the order in which they came."""
         generation = self.record.generation
-        ranks = {member.node_id: member.node_rank for member in generation.members} if generation else {}
+        members = {member.node_id: member for member in generation.members} if generation else {}
+        steps_s: dict[str, float] = {}
+        for worker in self.state.live.workers.values():
+            if worker.pace.median_step_s > 0:
+                steps_s[worker.node_id] = max(steps_s.get(worker.node_id, 0.0), worker.pace.median_step_s)
         sessions = self.state.live.sessions
         views = []
         for node in sorted(self.record.nodes.values(), key=lambda node: node.order):
-            session = sessions.get(node.node_id)
+            session, member = sessions.get(node.node_id), members.get(node.node_id)
             views.append(
                 NodeView(
                     node,
-                    ranks.get(node.node_id, -1),
+                    member.node_rank if member else -1,
                     connected=session is not None and session.closed_s is None,
                     silent_s=max(0.0, self.now_s - session.heard_s) if session else math.nan,
+                    first_rank=member.first_rank if member else -1,
+                    step_s=steps_s.get(node.node_id, math.nan),
                 )
             )
         return tuple(views)
@@ -96,7 +108,7 @@ def _so_far(summary: GenerationSummary, progress: Progress, first_tau: float) ->
         steps=steps,
         mean_gain=progress.generation_gain_sum / steps if steps else 0.0,
         effective_lr=progress.effective_lr[0] if progress.effective_lr else 0.0,
-        first_tau=first_tau,
+        first_tau=min(first_tau, progress.tau),
         last_tau=progress.tau,
         pause_s=progress.pause_s or summary.pause_s,
     )

@@ -295,6 +295,8 @@ def describe(action: ac.Action) -> str:
             return f"first step of generation {generation} after a pause of {pause_s:.2f} s ({cause})"
         case ac.AskToLeave(session_id, generation, _, save):
             return f"ask {session_id} to {'save and ' * save}leave generation {generation}"
+        case ac.AskToSave(session_id, generation, reason):
+            return f"ask {session_id} to save in generation {generation}: {reason}"
         case ac.FenceWorker(session_id, generation, reason):
             return f"fence {session_id}: {reason}"
         case _:

@@ -34,6 +34,21 @@ def live_a_node_is_killed_and_survivors_go_on() -> Story:
 
 
 @STORIES.tell
+def live_a_job_that_shrinks_to_its_minimum_is_saved() -> Story:
+    """One loss more, and nobody may hold the state; whoever asks for a checkpoint meanwhile gets another."""
+    s = _job(2, 3)
+    s.lives("n0", "n1", "n2")
+    s.live_steps("n0/0", 10)
+    s.vanishes("n2", "n2/0")
+    s.asks("n0/0", "n1/0", step=10, failed=True)
+    s.live_steps("n0/0", 11)
+    s.saves("n0/0", 11)
+    s.tell(ev.CheckpointRequested(), "somebody asks for a checkpoint")
+    s.tell(ev.CheckpointFailed("n0/0", 2, 12, "no space left"), "n0/0 cannot save step 12")
+    return s
+
+
+@STORIES.tell
 def live_a_newcomer_is_given_the_state() -> Story:
     s = _job(1, 3)
     s.lives("n0", "n1")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from core import golden, test_live_traces, test_race_traces
+from core import golden, test_live_traces, test_race_traces, test_return_traces
 from core.story import Story
 from stretto_controller.core import events as ev
 from stretto_controller.core.model import JobSpec, Mode
@@ -289,5 +289,10 @@ def test_story_is_told_as_before(name: str) -> None:
 
 
 def test_every_trace_has_its_story() -> None:
-    told = [*STORIES.names, *test_live_traces.STORIES.names, *test_race_traces.STORIES.names]
+    told = [
+        *STORIES.names,
+        *test_live_traces.STORIES.names,
+        *test_race_traces.STORIES.names,
+        *test_return_traces.STORIES.names,
+    ]
     assert {path.stem for path in golden.TRACES.glob("*.txt")} == set(told)

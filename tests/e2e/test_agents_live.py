@@ -88,6 +88,14 @@ def test_a_script_that_ignores_stretto_is_named_while_it_runs_and_is_no_success(
         assert any("ended without a session" in event.reason for event in events), events
 
 
+def test_workers_that_hang_at_the_start_are_ended_and_count_as_failed(start: Start) -> None:
+    with start("stuck", "1:3") as agents:
+        agents.torchrun("n0", "ignorant.py", "3600", slots=2, max_restarts=0, conf=f"{IN_PROCESS},sign_in_limit=0.5")
+        wait_for_output(agents, "n0", "workers 0, 1 of this node hung at the start, for")
+        assert agents.exit_code("n0") == 1
+        assert agents.left_over() == []
+
+
 def test_a_stopped_worker_is_killed_on_the_controllers_word_and_counts_as_nobodys_failure(start: Start) -> None:
     with start("hung", "1:2") as agents:
         agents.torchrun("n0", "raw_live.py", max_restarts=0, conf=IN_PROCESS)

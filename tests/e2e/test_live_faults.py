@@ -19,7 +19,7 @@ pytestmark = pytest.mark.e2e
 
 NAMES = ("n0", "n1", "n2")
 IN_A_STEP = ("forward", "backward", "all_reduce", "optimizer")
-IN_A_CHECKPOINT = ("before checkpoint", "state", "after checkpoint")
+IN_A_CHECKPOINT = ("before checkpoint", "state", "after share", "after checkpoint")
 IN_A_CHANGE = ("ask", "before build", "after build", "broadcast", "load")
 
 

@@ -16,6 +16,8 @@ from harness.controller import ControllerProcess
 
 SCRIPT = "live.py"
 RESTARTS = 10_000
+# A worker that is stopped before it begins a session is ended by its agent.
+_START = "sign_in_limit=60"
 
 
 class LiveJob:
@@ -36,10 +38,12 @@ class LiveJob:
         """Add a node. stock: other than the job's other nodes. Its workers may fail as often as they like."""
         args = (str(self.directory), self._options)
         if self._stock if stock is None else stock:
-            conf = "reconfigure=in-process"
+            conf = f"reconfigure=in-process,{_START}"
             self.agents.torchrun(name, SCRIPT, *args, slots=slots, max_restarts=RESTARTS, conf=conf)
         else:
-            self.agents.stretto_run(name, SCRIPT, *args, slots=slots, max_restarts=RESTARTS, reconfigure=None)
+            self.agents.stretto_run(
+                name, SCRIPT, *args, slots=slots, max_restarts=RESTARTS, reconfigure=None, conf=_START
+            )
 
     def inject(self, name: str, point: str, kind: str, *, local_rank: int = 0, step: int = 0) -> None:
         """Have a worker fail at a point: KILL, STOP, raise, memory, or sleep (for 4 s)."""

@@ -147,9 +147,12 @@ async def test_each_route_is_for_those_that_the_table_names(guarded: Guarded, me
         headers = {"accept": "application/json", **guarded.header(caller)}
         # A body that is refused, so that nothing changes.
         content = b"{}" if method == "PATCH" else None
-        if method == "DELETE" and caller in MAY_A[ROUTES[method, path]]:
+        # Nor is a stream begun that would never end.
+        if (method == "DELETE" or path.endswith("/watch")) and caller in MAY_A[ROUTES[method, path]]:
             continue
-        answer = await guarded.http.request(method, path.replace("{job}", "a"), headers=headers, content=content)
+        answer = await guarded.http.request(
+            method, path.replace("{job}", "a").replace("{name}", "app.js"), headers=headers, content=content
+        )
         refused = answer.status_code in (401, 403)
         assert refused == (caller not in MAY_A[ROUTES[method, path]]), (caller, answer.status_code)
         if refused:

@@ -124,6 +124,9 @@ class Agent:
             messages.append(pb.AttendRequest(leave=self._leave))
         return messages
 
+    def said_again(self) -> Sequence[pb.AttendRequest]:
+        return [] if self._present else [pb.AttendRequest(ready=self._ready)]
+
     def hear(self, message: Any) -> None:
         kind = message.WhichOneof("body")
         if kind == "welcome":

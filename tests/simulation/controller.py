@@ -25,6 +25,7 @@ _NODE_ACTIONS = (ac.StartWorkers, ac.StopWorkers, ac.Dismiss, ac.FinishGeneratio
 _WORKER_ACTIONS = (
     ac.WelcomeWorker,
     ac.AskToLeave,
+    ac.AskToSave,
     ac.AssignWorker,
     ac.CutGeneration,
     ac.SaveAndExit,
@@ -41,7 +42,10 @@ class _Release:
     actions: tuple[ac.Action, ...]
     greeted: Connection | None
     record: Record | None
+    # It may go out.
     saved: bool
+    # The record is on the disk.
+    stored: bool = False
 
 
 @dataclass(slots=True)
@@ -73,6 +77,7 @@ class Controller:
         self.saves_first = True
         # Counts processes: what was under way in an earlier one is void.
         self.life = 1
+        self.started_s = 0.0
         self.state: JobState | None = None
         self.connections: list[Connection] = []
         self._disk: Record | None = None
@@ -112,6 +117,7 @@ class Controller:
         if self.up:
             return
         self.up = True
+        self.started_s = self.world.scheduler.now_s
         self._ticked_s = self.world.scheduler.now_s
         self.world.say("controller", "starts")
         if self._disk is not None:
@@ -196,6 +202,8 @@ class Controller:
         if world.tracing:
             _tell(world, event, before, decision)
         world.invariants.decided(before, event, decision)
+        if any(isinstance(action, ac.BeginGeneration) for action in decision.actions):
+            world.faults.moment("begun", None)
         record = decision.state.record
         changed = before is None or record is not before.record
         if decision.actions or changed or greeted is not None:
@@ -209,14 +217,14 @@ class Controller:
 
     def _saved(self, life: int, release: _Release) -> None:
         """A save is on the disk, and with it all earlier ones."""
-        if life != self.life:
+        if life != self.life or release.stored:
             return
         self._disk = release.record
         for earlier in self._releases:
-            earlier.saved = True
+            earlier.saved = earlier.stored = True
             if earlier is release:
                 break
-        release.saved = True
+        release.saved = release.stored = True
         self._let_go()
 
     def _let_go(self) -> None:

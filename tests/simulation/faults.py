@@ -1,14 +1,18 @@
 """What goes wrong, and what people ask for: drawn from the seed, until everything heals.
 
 Some faults come at a random time. Others lie in wait for a moment of the protocol (`Faults.moment`): while a group is
-being built, while the source sends, right after a collective has succeeded on one rank.
+being built, while the source sends, right after a collective has succeeded on one rank. `chains` puts several together.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
+from simulation import chains
 from stretto_controller.core import events as ev
 from stretto_controller.core.model import NodeState
 
@@ -22,8 +26,10 @@ _COLLECTIVES = ("init", "transfer", "agree", "check", "step", "commit")
 MOMENTS = (
     *_COLLECTIVES,
     *(f"first-{kind}" for kind in _COLLECTIVES),
-    *("build", "moved", "save", "ask", "assigned", "cut"),
+    *("build", "moved", "save", "ask", "assigned", "cut", "begun"),
 )
+# What is called with the worker at whose moment it lay in wait; None: the controller's.
+Ambush = Callable[["Worker | None"], None]
 # So many of a schedule's faults wait for a moment rather than for a time.
 _AMBUSHES = 0.4
 # Nodes that come beyond those of the beginning.
@@ -37,7 +43,14 @@ class Faults:
         self.world = world
         # Everything has healed, and nothing more comes.
         self.over = False
-        self._ambushes: list[tuple[str, int, Callable[[], None]]] = []
+        # What has happened, and how often: for statistics.
+        self.counts: Counter[str] = Counter()
+        # Streams open in the very moment at which something is said, always.
+        self.says_twice = False
+        # These cannot reach each other, and never will.
+        self.apart_for_good: list[tuple[str, str]] = []
+        self._ambushes: list[tuple[str, int, Ambush, bool]] = []
+        self._frozen_for_good: list[Worker] = []
         self._nodes = len(world.setup.slots)
         self._victim: Worker | None = None
 
@@ -69,28 +82,37 @@ class Faults:
         for _ in range(setup.faults):
             kind = rng.choice(kinds)
             if rng.random() < _AMBUSHES:
-                self._ambushes.append((rng.choice(MOMENTS), rng.randint(0, 12), kind))
+                self.lie_in_wait(rng.choice(MOMENTS), rng.randint(0, 12), partial(self._strike, kind))
             else:
                 self.world.scheduler.after(rng.uniform(0.2, setup.active_s * 0.95), self._strike, kind)
+        if setup.chain:
+            chains.CHAINS[setup.chain](self)
 
-    def moment(self, name: str, worker: Worker) -> None:
-        """The worker is at this point of the protocol."""
+    def lie_in_wait(self, moment: str, count: int, ambush: Ambush, *, at_once: bool = False) -> None:
+        """Have `ambush` called when this moment comes for the `count`-th time, counted from 0, with whose it is.
+
+        at_once: before anything else happens, rather than while the moment's consequences may be under way.
+        """
+        assert moment in MOMENTS, moment
+        self._ambushes.append((moment, count, ambush, at_once))
+
+    def moment(self, name: str, worker: Worker | None) -> None:
+        """The worker is at this point of the protocol; None: the controller is."""
         if not self._ambushes or self.over:
             return
         left = []
         due = []
-        for moment, count, kind in self._ambushes:
+        for moment, count, ambush, at_once in self._ambushes:
             if moment != name:
-                left.append((moment, count, kind))
+                left.append((moment, count, ambush, at_once))
             elif count > 0:
-                left.append((moment, count - 1, kind))
+                left.append((moment, count - 1, ambush, at_once))
             else:
-                due.append(kind)
+                due.append((ambush, at_once))
         self._ambushes = left
-        for kind in due:
-            # At once, or while the moment's consequences are under way.
-            delay_s = self.world.rng.choice((0.0, 0.0, 0.001, 0.003, 0.02))
-            self.world.scheduler.after(delay_s, self._strike, kind, worker)
+        for ambush, at_once in due:
+            delay_s = 0.0 if at_once else self.world.rng.choice((0.0, 0.0, 0.001, 0.003, 0.02))
+            self.world.scheduler.after(delay_s, self._spring, ambush, worker)
 
     def end(self) -> None:
         """The network heals, who is frozen goes on or dies, the controller is back, people undo what they asked for."""
@@ -99,8 +121,11 @@ class Faults:
         self._ambushes.clear()
         world.say("faults", "end")
         world.network.heal_all()
+        for pair in self.apart_for_good:
+            world.network.cut(*pair)
         for worker in world.live_workers():
-            worker.thaw()
+            if worker not in self._frozen_for_good:
+                worker.thaw()
         for agent in world.agents:
             agent.thaw()
         world.controller.start()
@@ -108,9 +133,13 @@ class Faults:
         if rng.random() < 0.9:
             self._until_done(ev.ResumeRequested())
         if rng.random() < 0.9:
-            alive = sum(agent.alive and not agent.leaving for agent in world.agents)
-            for _ in range(max(0, world.setup.min_nodes - alive)):
-                self._join()
+            for _ in range(max(0, world.setup.min_nodes - self.able_nodes())):
+                self.join()
+
+    def able_nodes(self) -> int:
+        """How many nodes could train together, if they are let."""
+        able = {agent.node_id for agent in self.world.agents if agent.alive and not agent.leaving}
+        return len(able) - any(one in able and other in able for one, other in self.apart_for_good)
 
     def agent_ended(self, agent: Agent) -> None:
         """Somebody starts it again, or not."""
@@ -120,14 +149,18 @@ class Faults:
         if self.over:
             # Who failed is replaced by a new node for as long as the job needs it.
             if agent.exit_code != 0 and self._nodes < 3 * _NODE_LIMIT:
-                self.world.scheduler.after(rng.uniform(0.1, 2.0), self._join)
+                self.world.scheduler.after(rng.uniform(0.1, 2.0), self.join)
         elif rng.random() < 0.7:
             if rng.random() < 0.5:
                 self.world.scheduler.after(rng.uniform(0.05, 3.0), self._return, agent)
             else:
-                self.world.scheduler.after(rng.uniform(0.05, 3.0), self._join)
+                self.world.scheduler.after(rng.uniform(0.05, 3.0), self.join)
 
     # -- the kinds of faults
+
+    def _spring(self, ambush: Ambush, worker: Worker | None) -> None:
+        if not self.over:
+            ambush(worker)
 
     def _strike(self, kind: Callable[[], None], victim: Worker | None = None) -> None:
         if not self.over:
@@ -152,38 +185,67 @@ class Faults:
     def _kill_worker(self) -> None:
         worker = self._worker()
         if worker is not None:
+            self.kill_worker(worker)
+
+    def kill_worker(self, worker: Worker) -> None:
+        if worker.alive:
+            self.counts["worker killed"] += 1
             worker.kill()
 
     def _sigterm_worker(self) -> None:
         worker = self._worker()
         if worker is not None:
+            self.counts["worker had SIGTERM"] += 1
             worker.sigterm()
 
     def _kill_node(self) -> None:
         agent = self._agent()
         if agent is not None:
-            agent.kill()
+            self.kill_node(agent.node_id)
+
+    def kill_node(self, node_id: str) -> None:
+        for agent in self.world.agents:
+            if agent.node_id == node_id and agent.alive:
+                self.counts["node killed"] += 1
+                agent.kill()
 
     def _power_off(self) -> None:
         agent = self._agent()
         if agent is not None:
-            self.world.network.dark.add(agent.node_id)
-            for other in self.world.agents:
-                if other.node_id == agent.node_id:
-                    other.kill(silently=True)
+            self.power_off(agent.node_id)
+
+    def power_off(self, node_id: str) -> None:
+        """The machine loses power: nothing there closes a connection."""
+        self.counts["machine without power"] += 1
+        self.world.network.dark.add(node_id)
+        for other in self.world.agents:
+            if other.node_id == node_id:
+                other.kill(silently=True)
 
     def _freeze_workers(self) -> None:
         worker = self._worker()
         if worker is not None:
-            frozen = [worker] if self.world.rng.random() < 0.6 else worker.agent.workers
-            for each in frozen:
-                if each.alive:
-                    each.freeze()
-                    self._later(self._duration_s(), each.thaw)
+            duration_s = self._duration_s(for_good=0.15)
+            for each in [worker] if self.world.rng.random() < 0.6 else worker.agent.workers:
+                self.freeze(each, duration_s)
+
+    def freeze(self, worker: Worker, duration_s: float) -> None:
+        """SIGSTOP; inf: it is never continued."""
+        if not worker.alive:
+            return
+        if worker.state.request is None and not worker.state.generation:
+            # Nobody but a person can tell a process that hangs before it has ever spoken from one that takes long.
+            duration_s = min(duration_s, 10.0)
+        self.counts["worker frozen"] += 1
+        worker.freeze()
+        if duration_s == math.inf:
+            self._frozen_for_good.append(worker)
+        self._later(duration_s, worker.thaw)
 
     def _freeze_node(self) -> None:
         agent = self._agent()
         if agent is not None:
+            self.counts["node frozen"] += 1
             duration_s = self._duration_s()
             agent.freeze()
             self._later(duration_s, agent.thaw)
@@ -195,6 +257,7 @@ class Faults:
     def _freeze_agent(self) -> None:
         agent = self._agent()
         if agent is not None:
+            self.counts["agent frozen"] += 1
             agent.freeze()
             self._later(self._duration_s(), agent.thaw)
 
@@ -202,11 +265,17 @@ class Faults:
         """The training thread does not come back from its own part of a step; the process lives on and speaks."""
         worker = self._worker()
         if worker is not None:
-            worker.hang(self._duration_s())
+            self.counts["training thread hung"] += 1
+            worker.hang(self._duration_s(for_good=0.15))
 
     def _sigterm(self) -> None:
         agent = self._agent()
         if agent is not None:
+            self.sigterm(agent)
+
+    def sigterm(self, agent: Agent) -> None:
+        if agent.alive and not self.over:
+            self.counts["node had SIGTERM"] += 1
             agent.sigterm()
 
     def _cut_off(self) -> None:
@@ -214,18 +283,24 @@ class Faults:
         agent = self._agent()
         if agent is not None:
             directions = self.world.rng.choice(((0,), (1,), (0, 1), (0, 1)))
-            self._cut_off_nodes([agent.node_id], directions, self._duration_s())
+            self.cut_off([agent.node_id], directions, self._duration_s())
 
     def _cut_off_all_members(self) -> None:
         """The controller loses sight of a generation that trains on, and others come."""
-        members = {w.node_id: None for w in self.world.live_workers() if w.state.generation}
+        members = self.members()
         if members:
-            self._cut_off_nodes(list(members), (0, 1), self.world.rng.uniform(3.0, 10.0))
+            self.cut_off(members, (0, 1), self.world.rng.uniform(3.0, 10.0))
             if self.world.rng.random() < 0.7:
-                self._join()
+                self.join()
 
-    def _cut_off_nodes(self, names: list[str], directions: tuple[int, ...], duration_s: float) -> None:
+    def members(self) -> list[str]:
+        """The nodes whose workers are in some generation."""
+        return list(dict.fromkeys(w.node_id for w in self.world.live_workers() if w.state.generation))
+
+    def cut_off(self, names: list[str], directions: tuple[int, ...], duration_s: float) -> None:
+        """Nothing passes between these nodes and the controller, in these directions; streams break in time."""
         rng = self.world.rng
+        self.counts["cut off from the controller"] += 1
         cut = {(name, direction) for name in names for direction in directions}
         self.world.say("faults", "%s and the controller are cut off: %s", names, directions)
         self.world.network.cut_off |= cut
@@ -233,9 +308,10 @@ class Faults:
             if connection.speaker.node_id in names and rng.random() < 0.5:
                 delays_s = rng.uniform(0.5, 8.0), rng.uniform(0.5, 8.0)
                 connection.break_(client_delay_s=delays_s[0], controller_delay_s=delays_s[1])
-        self._later(duration_s, self._reconnect, cut)
+        self._later(duration_s, self.reconnect, cut)
 
-    def _reconnect(self, cut: set[tuple[str, int]]) -> None:
+    def reconnect(self, cut: set[tuple[str, int]]) -> None:
+        """The opposite of `cut_off`."""
         self.world.say("faults", "the controller can be reached again: %s", sorted(cut))
         self.world.network.cut_off -= cut
         self.world.links_changed()
@@ -246,6 +322,7 @@ class Faults:
         names = sorted({agent.node_id for agent in self.world.agents if agent.alive})
         if len(names) < 2:
             return
+        self.counts["partition among nodes"] += 1
         rng.shuffle(names)
         split = rng.randint(1, len(names) - 1)
         one, other = names[:split], names[split:]
@@ -262,15 +339,35 @@ class Faults:
     def _heal(self, pairs: list[tuple[str, str]]) -> None:
         self.world.say("faults", "passes again: %s", pairs)
         for pair in pairs:
-            self.world.network.heal(*pair)
+            if pair not in self.apart_for_good:
+                self.world.network.heal(*pair)
         self.world.links_changed()
 
+    def part_for_good(self, pairs: list[tuple[str, str]]) -> None:
+        """Nothing passes there any more, whatever heals."""
+        self.counts["nodes apart for good"] += 1
+        self.world.say("faults", "nothing will ever pass: %s", pairs)
+        self.apart_for_good += pairs
+        for pair in pairs:
+            self.world.network.cut(*pair)
+
+    def outage(self, duration_s: float) -> None:
+        """The controller's network is away: all streams end within moments, and none opens meanwhile."""
+        self.world.invariants.outage()
+        self.blip(1.0)
+        names = [agent.node_id for agent in self.world.agents if agent.alive]
+        self.cut_off(names, (0, 1), duration_s)
+
     def _blip(self) -> None:
+        self.blip(0.85)
+
+    def blip(self, share: float) -> None:
         """The controller's network fails for a moment: most streams break together."""
         rng = self.world.rng
+        self.counts["blip of the controller's network"] += 1
         self.world.say("faults", "a blip")
         for connection in self.world.controller.open_connections():
-            if rng.random() < 0.85:
+            if rng.random() < share:
                 delay_s = rng.random() * 0.5
                 connection.break_(client_delay_s=delay_s + rng.random() * 0.1, controller_delay_s=delay_s)
 
@@ -278,6 +375,7 @@ class Faults:
         """One stream breaks; the controller may notice late."""
         rng, connections = self.world.rng, self.world.controller.open_connections()
         if connections:
+            self.counts["stream broken"] += 1
             connection = rng.choice(connections)
             self.world.say("faults", "the stream %s breaks", connection.session_id)
             late_s = rng.choice((0.001, 0.1, 3.0))
@@ -285,14 +383,20 @@ class Faults:
 
     def _kill_controller(self) -> None:
         rng = self.world.rng
-        self.world.controller.crash(lose_disk=rng.random() < 0.04)
-        self._later(rng.choice((0.05, 0.5, 4.0)) * (0.5 + rng.random()), self.world.controller.start)
+        self.kill_controller(rng.choice((0.05, 0.5, 4.0)) * (0.5 + rng.random()), lose_disk=rng.random() < 0.04)
+
+    def kill_controller(self, away_s: float, *, lose_disk: bool = False) -> None:
+        """It starts again after `away_s`."""
+        self.counts["controller killed"] += 1
+        self.world.controller.crash(lose_disk=lose_disk)
+        self._later(away_s, self.world.controller.start)
 
     def _add_node(self) -> None:
-        self._join()
+        self.join()
 
     def _person(self) -> None:
         rng, setup, controller = self.world.rng, self.world.setup, self.world.controller
+        self.counts["person's request"] += 1
         match rng.randrange(4):
             case 0:
                 controller.request(ev.PauseRequested())
@@ -309,12 +413,16 @@ class Faults:
 
     # -- in steps
 
-    def _duration_s(self) -> float:
+    def _duration_s(self, *, for_good: float = 0.0) -> float:
+        """for_good: how often there is no end to it."""
         rng = self.world.rng
+        if for_good and rng.random() < for_good:
+            return math.inf
         return rng.choice((0.02, 0.3, 1.5, 5.0, 12.0)) * (0.5 + rng.random())
 
     def _later(self, delay_s: float, call: Callable[..., object], *args: object) -> None:
-        self.world.scheduler.after(delay_s, call, *args)
+        if delay_s < math.inf:
+            self.world.scheduler.after(delay_s, call, *args)
 
     def _until_done(self, event: ev.Event) -> None:
         """People ask again while there is no controller."""
@@ -323,16 +431,21 @@ class Faults:
         else:
             self.world.controller.request(event)
 
-    def _join(self) -> None:
+    def join(self) -> str | None:
+        """A new node, unless the job has ended or there were many already. Its name."""
         if self.world.invariants.job_has_ended:
-            return
-        if self._nodes < 3 * _NODE_LIMIT and (self.over or self._nodes < _NODE_LIMIT):
-            self._nodes += 1
-            self.world.add_node(f"n{self._nodes}", self.world.rng.choice(self.world.setup.slots))
+            return None
+        if self._nodes >= 3 * _NODE_LIMIT or not (self.over or self._nodes < _NODE_LIMIT):
+            return None
+        self._nodes += 1
+        self.counts["node added"] += 1
+        self.world.add_node(f"n{self._nodes}", self.world.rng.choice(self.world.setup.slots))
+        return f"n{self._nodes}"
 
     def _return(self, agent: Agent) -> None:
         """The same node again: a new agent with the old name, and a key of its own."""
         if self.world.invariants.job_has_ended:
             return
         if not any(other.alive and other.node_id == agent.node_id for other in self.world.agents):
+            self.counts["node returned"] += 1
             self.world.add_node(agent.node_id, agent.slots)

@@ -24,6 +24,7 @@ class Collective:
     duration_s: float
     contributions: dict[int, Any] = field(default_factory=dict)
     done: set[int] = field(default_factory=set)
+    # Ranks that somebody's part will never reach: it died before it had sent it.
     failed: set[int] = field(default_factory=set)
 
 
@@ -77,7 +78,8 @@ class Formation:
     def _settle(self, member: Membership, chance: float) -> None:
         """What the member waits for is complete or has failed: its data had come already, or never will."""
         for collective in self._collectives[-2:]:
-            waiting = member.rank in collective.contributions and member.rank not in collective.done
+            over = member.rank in collective.done or member.rank in collective.failed
+            waiting = member.rank in collective.contributions and not over
             whole = len(collective.contributions) == len(self.places)
             if waiting and whole and not member.broken and self.world.rng.random() < chance:
                 self._done(collective, member)
@@ -93,7 +95,8 @@ class Formation:
     def _complete(self, collective: Collective, rank: int) -> None:
         """The moment at which this rank has all data, unless somebody's never came."""
         member = self.members[rank]
-        if rank in collective.done or not member.open or member.broken or not member.worker.alive:
+        over = rank in collective.done or rank in collective.failed
+        if over or not member.open or member.broken or not member.worker.alive:
             return
         needed = self.members if collective.source < 0 else (collective.source,)
         for other_rank in needed:
@@ -101,12 +104,15 @@ class Formation:
             if other_rank == rank or (other.worker.runs and self._linked(member, other)):
                 continue
             if self.world.rng.random() < 0.5:
+                if not other.worker.alive:
+                    collective.failed.add(rank)
                 return
         self._done(collective, member)
 
     def _done(self, collective: Collective, member: Membership) -> None:
         collective.done.add(member.rank)
-        if len(collective.done) == 1:
+        # Who sends is done with it before anyone has it.
+        if member.rank != collective.source and len(collective.done - {collective.source}) == 1:
             self.world.faults.moment(f"first-{collective.kind}", member.worker)
         member.worker.poke()
 

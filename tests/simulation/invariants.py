@@ -4,6 +4,7 @@ The ledger knows what no part of the system does: which steps are committed, by 
 them. `tip` is the state after the latest committed step.
 
 Fencing      Nothing of a generation older than one that has committed a step counts: no report, no checkpoint.
+             Who has left a generation never enters it again. A number that was heard of is never given again.
 Lineage      A generation goes on from a state that contains every committed step. All its workers then hold that one.
              Where it restores a checkpoint instead, nobody present held the committed steps.
 Committed    A committed step is undone only by restoring a checkpoint, and then only if it came after that.
@@ -11,12 +12,17 @@ Cursor       Each position in the stream of samples is used exactly once in the 
 Ranks        One generation has one membership: ranks 0..n-1, each with one process. What `in_step` claims is true.
 Progress     What the controller is told never goes back, except to a restored checkpoint, and is committed.
 Checkpoints  A checkpoint is of a committed step. One that is restored belongs to the history that survives.
-Verdicts     While training goes on nobody is lost for a silence or a closed stream shorter than the limits.
+Verdicts     While training goes on nobody is lost for a silence or a closed stream shorter than the limits, nor for an
+             outage of the controller's own network that is shorter than its grace; and who counts as hung, hangs.
+             Nobody is kept apart for what was said of processes that are gone.
+Farewells    Who drained and was dismissed does not join again. The last holder of the committed steps does not go
+             unsaved. A job is paused when a checkpoint has them, unless too few are left to train.
 Liveness     When the faults have ended the job trains to its end, or rests in a phase whose reason holds.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from core import invariants as decisions
@@ -38,6 +44,10 @@ if TYPE_CHECKING:
 _FREQUENT = (ev.NodeHeartbeat, ev.WorkerAlive)
 # Who hears that its generation is over leaves it within this, beside a step's computation and the storage's time.
 _LEAVE_LIMIT_S = 3.0
+# In an outage of its network the controller sees all streams end within this.
+_BLIP_S = 0.5
+# Whose stream was whole for so long has been heard.
+_HEARD_S = 3.0
 
 
 class Broken(AssertionError):
@@ -56,12 +66,18 @@ class Invariants:
     def __init__(self, world: World) -> None:
         self._world = world
         self._tip: State = world.fresh
+        # What was committed when each generation began from somebody's state.
+        self._bases: dict[int, State] = {}
+        # The newest generation that began with a checkpoint: what others held before is stale from then on.
+        self._newest_restoring = 0
         # The newest generation that has committed a step.
         self._tip_generation = 0
         # What generations restored, until their first commit.
         self._restored: dict[int, State] = {}
         self._memberships: dict[int, tuple[int, ...]] = {}
         self._ranks: dict[tuple[int, int], int] = {}
+        # For statistics: generations that began, steps that were committed.
+        self.generations = self.steps = 0
         self.job_has_ended = False
         # Who was part of the job when it ended, and is to be released.
         self._members_at_end: list[Agent] = []
@@ -69,6 +85,10 @@ class Invariants:
         self._told_step = 0
         # When the controller was last spoken to on each stream.
         self._heard_s: dict[str, float] = {}
+        # The keys of agents that were sent home.
+        self._dismissed: set[str] = set()
+        # When the controller's own network last failed.
+        self._outage_s: float | None = None
         # The controller lost its disk: what it decided before binds it no longer, and histories may branch.
         self._forgotten = False
 
@@ -80,6 +100,12 @@ class Invariants:
         self._ranks.clear()
 
     def controller_recovered(self, state: JobState) -> None:
+        newest = max(self._memberships, default=0)
+        require(
+            state.record.next_generation > newest,
+            "the controller would give the number %s again, which workers heard of",
+            newest,
+        )
         if state.record.checkpoint is not None:
             self._checkpoint_exists(state)
 
@@ -93,6 +119,11 @@ class Invariants:
             decisions.check(before, decision, now_s=world.scheduler.now_s, limits=world.setup.limits)
         except AssertionError as broken:
             raise Broken(f"{broken} (after {event})") from None
+        for pair, apart in state.live.apart.items():
+            noted_s = apart.until_s - apart.for_s
+            heard = (w for node_id in pair for w in state.live.workers.of(node_id))
+            new = [w.session_id for w in heard if self._worker(w.session_id).started_s > noted_s + 1e-6]
+            require(not new, "%s is kept apart for what was said of those before it", new)
         progress = state.live.progress
         if progress is not None and (before is None or progress is not before.live.progress):
             self._told(progress.generation, progress.step, state)
@@ -102,9 +133,16 @@ class Invariants:
             self._checkpoint_counts(before, checkpoint)
         for action in decision.actions:
             if isinstance(action, ac.BeginGeneration):
-                self._begun(decision, action)
+                self._begun(before, decision, action)
             elif isinstance(action, ac.LogEvent) and action.kind in ("node_lost", "workers_lost"):
                 self._verdict_is_just(before, decision, action)
+            elif isinstance(action, ac.LogEvent) and action.kind == "node_joined" and isinstance(event, ev.NodeHello):
+                known = event.key_hash in self._dismissed and not self._forgotten
+                require(not known, "%s joins again, though its agent was sent home", event.node_id)
+            elif isinstance(action, ac.Dismiss) and before is not None and action.node_id in before.record.nodes:
+                self._dismissed.add(before.record.nodes[action.node_id].key_hash)
+        if state.record.phase is Phase.PAUSED and before is not None and before.record.phase is not Phase.PAUSED:
+            self._what_is_paused_is_saved(before, state)
         if state.record.phase.finished and not self.job_has_ended:
             self.job_has_ended = True
             nodes = state.record.nodes
@@ -168,11 +206,25 @@ class Invariants:
         sessions = [w.session_id for w in before.live.workers.values() if w.node_id == lost.node_id]
         if len(sessions) < node.slots or "a new agent has its name" in lost.reason:
             return
+        now_s, limits = self._world.scheduler.now_s, self._world.setup.limits
+        if "the target is reached" in lost.reason:
+            return
+        if "hang" in lost.reason:
+            own = [self._worker(session_id) for session_id in sessions]
+            idle = all(worker.always_ran_for(limits.hang_limit_s) for worker in own)
+            require(not idle, "%s counts as hung, and is not: %s", lost.node_id, lost.reason)
+            return
         agent = before.live.sessions.get(lost.node_id)
         sessions += [agent.session_id] if agent is not None else []
-        now_s, limits = self._world.scheduler.now_s, self._world.setup.limits
         silent_s = max(now_s - self._heard_s.get(session_id, 0.0) for session_id in sessions)
         patience_s = min(limits.closed_stream_s, limits.missed_heartbeats * limits.heartbeat_interval_s)
+        since_s = now_s - (self._outage_s if self._outage_s is not None else -math.inf)
+        require(
+            not (_BLIP_S < since_s < limits.recovery_grace_s and silent_s > since_s - _BLIP_S),
+            "%s was lost for an outage of the controller's network, %.2f s after that began",
+            lost.node_id,
+            since_s,
+        )
         require(
             silent_s >= patience_s - 1e-6,
             "while training went on, %s was lost %.2f s after it was heard",
@@ -180,8 +232,35 @@ class Invariants:
             silent_s,
         )
 
-    def _begun(self, decision: Decision, begun: ac.BeginGeneration) -> None:
+    def outage(self) -> None:
+        """The controller's own network fails now: all streams end. Only with two nodes or more can it be told apart."""
+        state, connections = self._world.controller.state, self._world.controller.open_connections()
+        nodes = {connection.speaker.node_id for connection in connections if connection.accepted}
+        present = 0 if state is None else sum(n.state is not NodeState.LOST for n in state.record.nodes.values())
+        if len(nodes) >= 2 and len(nodes) == present:
+            self._outage_s = self._world.scheduler.now_s
+
+    def _what_is_paused_is_saved(self, before: JobState, state: JobState) -> None:
+        record = state.record
+        if self._forgotten or self._tip.step == 0 or before.record.phase is not Phase.RECONFIGURING:
+            return
+        idle = [w for w in state.live.workers.values() if w.ready is not None and not w.closed]
+        nodes = {w.node_id for w in idle if self._worker(w.session_id).runs}
+        holders = [
+            w
+            for w in idle
+            if self._worker(w.session_id).runs and self._worker(w.session_id).holding.contains(self._tip)
+        ]
+        saved = any(saved.state.contains(self._tip) for saved in self._world.storage.checkpoints)
+        require(
+            saved or not holders or len(nodes) < record.spec.min_nodes,
+            "the job is paused, and nothing but memory holds the committed %s",
+            self._tip,
+        )
+
+    def _begun(self, before: JobState | None, decision: Decision, begun: ac.BeginGeneration) -> None:
         """A generation begins: from whose state?"""
+        self.generations += 1
         generation = begun.generation
         workers = {
             action.rank: self._worker(action.session_id)
@@ -198,10 +277,23 @@ class Invariants:
         if self._forgotten:
             return
         if generation.source_rank < 0:
+            until_s = before.live.holder_until_s if before is not None else None
+            if until_s is not None and self._world.scheduler.now_s >= until_s:
+                # Who holds it came back by halves, and had its time.
+                self._newest_restoring = generation.number
+                return
             self._nobody_holds_the_tip(decision.state, generation.number)
+            self._newest_restoring = generation.number
             return
         source = workers[generation.source_rank].holding
         self._may_be_used(source)
+        unseen = decision.state.record.lineage.generation < self._tip_generation
+        base = self._bases.get(self._tip_generation)
+        if unseen and self._tip.generation == self._tip_generation and base is not None and source.contains(base):
+            # The controller never heard of a step of that generation: nothing of it counts once a newer one begins.
+            self._tip, self._tip_generation = base, generation.number
+            self._told_step = min(self._told_step, base.step)
+        self._bases[generation.number] = self._tip
         require(
             source.contains(self._tip),
             "generation %s goes on from %s, which lacks committed steps: %s",
@@ -222,6 +314,13 @@ class Invariants:
             if session.closed or not asks or node is None or node.state is NodeState.LOST:
                 continue
             worker = self._worker(session.session_id)
+            stale = worker.state.version.generation < self._newest_restoring
+            if stale or not all(sibling.alive for sibling in worker.agent.workers):
+                # The node is the unit of failure.
+                continue
+            if sum(session.node_id in pair for pair in state.live.apart) >= 2:
+                # Of a partition the larger side goes on.
+                continue
             require(
                 not (worker.alive and worker.holding.contains(self._tip)),
                 "generation %s restores a checkpoint, though %s holds %s",
@@ -239,6 +338,7 @@ class Invariants:
     def assigned(self, worker: Worker, place: pb.WorkerAssignment) -> None:
         """A worker has heard of its place."""
         number, ports = place.generation, tuple(each.preflight_port for each in place.places)
+        require(number > worker.left or self._forgotten, "%s enters generation %s again", worker.name, number)
         known = self._memberships.setdefault(number, ports)
         require(known == ports, "generation %s has two memberships: %s and %s", number, known, ports)
         holder = self._ranks.setdefault((number, place.rank), worker.port)
@@ -332,6 +432,7 @@ class Invariants:
             require(state.contains(base), "generation %s left what it restored", generation)
             self._tip, self._told_step = state, min(self._told_step, base.step)
         elif state.contains(self._tip):
+            self.steps += state.step - self._tip.step
             self._tip = state
         else:
             require(
@@ -361,6 +462,20 @@ class Invariants:
             require(worker.holding.contains(self._tip), "%s gives up without the committed %s", worker.name, self._tip)
             self._tip = worker.holding
 
+    def goes(self, worker: Worker) -> None:
+        """A worker that had SIGTERM ends, by the controller's word or because it lost it."""
+        world = self._world
+        if self._forgotten or self.job_has_ended or self._tip.step == 0 or not worker.holding.contains(self._tip):
+            return
+        others = (w for w in world.live_workers() if w is not worker)
+        kept = any(w.holding.contains(self._tip) for w in others)
+        saved = any(saved.state.contains(self._tip) for saved in world.storage.checkpoints)
+        undisturbed = worker.terminated_s > max(world.controller.started_s, worker.stream.broken_s) + _HEARD_S
+        undisturbed = undisturbed and world.controller.up and not world.network.cut_off
+        # A node whose other worker died is ended as a whole.
+        undisturbed = undisturbed and all(sibling.alive for sibling in worker.agent.workers)
+        require(kept or saved or not undisturbed, "%s goes, and with it the committed %s", worker.name, self._tip)
+
     def finished(self, worker: Worker) -> None:
         """A worker says that the target is reached; one of an old generation says it to nobody."""
         old = worker.state.generation < self._tip_generation
@@ -377,7 +492,7 @@ class Invariants:
     def rests(self) -> bool:
         """Whether the job rests in a phase whose reason holds: nothing will happen until somebody comes or asks."""
         state = self._world.controller.state
-        able = sum(agent.alive and not agent.leaving for agent in self._world.agents)
+        able = self._world.faults.able_nodes()
         if state is None:
             return able == 0
         record = state.record
@@ -386,6 +501,14 @@ class Invariants:
                 return record.paused
             case Phase.PENDING | Phase.WAITING:
                 return able < record.spec.min_nodes
+            case Phase.RUNNING:
+                # A worker that trains alone may take as long as it likes: nobody waits for it.
+                workers = [self._worker(session_id) for session_id in state.live.workers]
+                return (
+                    record.generation is not None
+                    and record.generation.world_size == 1
+                    and any(w.alive and w.hangs_for_good for w in workers)
+                )
         return False
 
     def must_rest(self) -> None:

@@ -16,6 +16,8 @@ FIRST_BACKOFF_S = 0.05
 WORKER_BACKOFF_S = 1.0
 AGENT_BACKOFF_S = 2.0
 ANSWER_TIMEOUT_S = 5.0
+# How often a stream opens in the very moment at which something is said.
+_TWICE = 0.15
 # A frozen process looks again after this.
 _FROZEN_LOOK_S = 0.3
 
@@ -29,6 +31,8 @@ class Speaker(Protocol):
     frozen: bool
 
     def opening(self) -> Sequence[Any]: ...
+
+    def said_again(self) -> Sequence[Any]: ...
 
     def hear(self, message: Any) -> None: ...
 
@@ -69,6 +73,7 @@ class Connection:
         if self.broken:
             return
         self.broken = True
+        self.stream.broken_s = self.world.scheduler.now_s
         scheduler = self.world.scheduler
         scheduler.after(client_delay_s, self.stream.noticed, self)
         scheduler.after(controller_delay_s, self.world.controller.noticed, self)
@@ -142,6 +147,8 @@ class Stream:
         self.speaker = speaker
         self.connection: Connection | None = None
         self.closed = False
+        # When one last broke by a fault.
+        self.broken_s = 0.0
         self._max_backoff_s = max_backoff_s
         self._attempts = 0
         self._opened_s = 0.0
@@ -222,6 +229,10 @@ class Stream:
         controller.connections.append(connection)
         for message in self.speaker.opening():
             connection.to_controller(message)
+        if world.faults.says_twice or world.rng.random() < _TWICE:
+            # What is said while the opening is being made is said in it, and again.
+            for message in self.speaker.said_again():
+                connection.to_controller(message)
         self._later(ANSWER_TIMEOUT_S, self._give_up_unanswered, connection)
 
     def _give_up_unanswered(self, connection: Connection) -> None:

@@ -18,7 +18,8 @@ from simulation.controller import Controller
 from simulation.storage import Storage
 from simulation.worker import Worker
 from stretto.live.state import LiveState, Version
-from stretto_controller.core import liveness, readiness, rendezvous, workers
+from stretto_controller.core import events as ev
+from stretto_controller.core import job, liveness, partition, readiness, rendezvous, workers
 from stretto_controller.core.draft import Draft
 from stretto_controller.core.model import Generation, WorkerSession
 from stretto_controller.core.model import Version as CoreVersion
@@ -27,13 +28,13 @@ from stretto_proto.v1 import training_pb2 as pb
 
 @dataclass(frozen=True, slots=True)
 class Mutation:
-    """target, name: what is replaced, by what `make` returns when it is given the original."""
+    """target, name: what is replaced (an attribute, an entry), by what `make` returns when given the original."""
 
     what: str
     target: Any
-    name: str
+    name: Any
     make: Callable[[Any], Any]
-    seeds: int = 400
+    seeds: int = 800
 
 
 @contextmanager
@@ -42,8 +43,11 @@ def broken(name: str | None) -> Iterator[None]:
     with ExitStack() as stack:
         if name is not None:
             mutation = MUTATIONS[name]
-            original = getattr(mutation.target, mutation.name)
-            stack.enter_context(patch.object(mutation.target, mutation.name, mutation.make(original)))
+            target, key = mutation.target, mutation.name
+            if isinstance(target, dict):
+                stack.enter_context(patch.dict(target, {key: mutation.make(target[key])}))
+            else:
+                stack.enter_context(patch.object(target, key, mutation.make(getattr(target, key))))
         yield
 
 
@@ -133,6 +137,10 @@ def _nothing(_: Any) -> Any:
     return lambda *args, **kwargs: None
 
 
+def _everybody(_: Any) -> Any:
+    return lambda draft, nodes, holding: list(nodes)
+
+
 def _everyone_is_ready(_: Any) -> Any:
     def is_ready(draft: Draft, node: Any) -> bool:
         return any(worker.ready is not None for worker in readiness.workers_of(draft, node.node_id))
@@ -143,11 +151,13 @@ def _everyone_is_ready(_: Any) -> Any:
 # -- the worker's state
 
 
-def _requests_begin_at_one(original: Any) -> Any:
-    def init(self: LiveState, *args: Any, first_request: int) -> None:
-        original(self, *args, first_request=1)
+def _takes_any_answer(_: Any) -> Any:
+    def take(self: LiveState, assignment: pb.WorkerAssignment) -> None:
+        if self.request is not None:
+            self.request = None
+            self.assignment = assignment
 
-    return init
+    return take
 
 
 def _deaf_to_the_end(original: Any) -> Any:
@@ -210,7 +220,8 @@ def _swap_in_place(_: Any) -> Any:
             sent = (worker.holding, worker.cursor)
             if place.rank != source:
                 worker.holding = training.torn(worker.holding)
-            received = yield from training._collective(worker, "transfer", sent, source=source)
+            duration_s = worker.world.transfer_s()
+            received = yield from training._collective(worker, "transfer", sent, source=source, duration_s=duration_s)
             yield from training._collective(worker, "agree", received[source][0])
             worker.holding, worker.cursor = received[source]
             step = worker.holding.step
@@ -226,8 +237,8 @@ def _without_agreement(_: Any) -> Any:
             source = max(place.source_rank, 0)
             if place.source_rank < 0 and place.rank == 0:
                 yield from training._restore(worker, place)
-            sent = (worker.holding, worker.cursor)
-            received = yield from training._collective(worker, "transfer", sent, source=source)
+            sent, duration_s = (worker.holding, worker.cursor), worker.world.transfer_s()
+            received = yield from training._collective(worker, "transfer", sent, source=source, duration_s=duration_s)
             worker.holding, worker.cursor = received[source]
             step = worker.holding.step
         worker.synchronised(step)
@@ -235,10 +246,10 @@ def _without_agreement(_: Any) -> Any:
     return synchronise
 
 
-def _keeps_cursor(_: Any) -> Any:
+def _keeps_cursor(original: Any) -> Any:
     def synchronise(worker: Worker, place: pb.WorkerAssignment) -> training.Thread:
         cursor = worker.cursor
-        yield from training._synchronise(worker, place)
+        yield from original(worker, place)
         worker.cursor = cursor if worker.holding.step else 0
 
     return synchronise
@@ -253,7 +264,8 @@ def _moves_on_failure(original: Any) -> Any:
         except training.Broken:
             assert worker.group is not None
             worker.cursor = cursor + training.BATCH * len(worker.group.formation.places)
-            worker.holding = state.after(worker.state.generation, cursor, worker.cursor)
+            # Of a sum that lacks somebody's part.
+            worker.holding = training.torn(state.after(worker.state.generation, cursor, worker.cursor))
             worker.stepped(training.figures(worker.holding.step))
             world.say(worker.name, "moves, though the collective failed")
             raise
@@ -297,16 +309,20 @@ MUTATIONS = {
     "complaints-outlive-processes": Mutation(
         "who was killed stays unreachable", readiness, "forget_workers", _remember_complaints
     ),
+    "partitions-are-ignored": Mutation(
+        "who cannot reach each other are brought together", partition, "keep_apart", _everybody
+    ),
+    "an-outage-is-their-fault": Mutation("our own outage is blamed on the nodes", liveness, "note_closure", _nothing),
     "closure-is-death": Mutation("a closed stream is a death", liveness, "lost_at_s", _closure_is_death),
-    "any-report-counts": Mutation("older generations report", workers, "progressed", _reports_of_any_generation),
+    "any-report-counts": Mutation(
+        "older generations report", job._FACTS, ev.WorkerProgressed, _reports_of_any_generation
+    ),
     "any-checkpoint-counts": Mutation("older generations save", workers, "_counts", _true),
     "half-a-node-is-ready": Mutation(
         "a node is seated with some of its workers", readiness, "is_ready", _everyone_is_ready
     ),
     "sent-before-saved": Mutation("actions go out before the save", Controller, "submit", _sends_unsaved),
-    "requests-begin-at-one": Mutation(
-        "a new process asks as an old one did", LiveState, "__init__", _requests_begin_at_one
-    ),
+    "takes-any-answer": Mutation("the answer to an earlier request counts", LiveState, "_take", _takes_any_answer),
     "deaf-to-the-end": Mutation("a cut is ignored", LiveState, "hear", _deaf_to_the_end),
     "committed-at-once": Mutation("a step counts once it is done", LiveState, "moved", _commits_at_once),
     "asks-once": Mutation("a lost request is not repeated", LiveState, "opening", _asks_once),

@@ -109,6 +109,12 @@ def _sleep(worker: Worker, seconds: float) -> Thread:
         yield left_s
 
 
+def _held_up(worker: Worker) -> Thread:
+    """Where the user's code or the storage is called, the thread may hang."""
+    while (left_s := worker.busy_until_s - worker.world.scheduler.now_s) > 1e-9:
+        yield left_s
+
+
 def _place(worker: Worker) -> Generator[float | None, None, pb.WorkerAssignment | None]:
     """LiveSession._wait_for_place: wait for an answer; None when this process ends instead."""
     state = worker.state
@@ -122,10 +128,12 @@ def _place(worker: Worker) -> Generator[float | None, None, pb.WorkerAssignment 
             return None
         wait_s = None
         if worker.terminated:
-            wait_s = worker.left_s + 2.0 - worker.world.scheduler.now_s
-            if state.request is not None and state.request.failed:
-                wait_s = 0.0
-            if worker.lost_after_ask or wait_s <= 0:
+            if not state.keeps_state:
+                wait_s = worker.left_s + 2.0 - worker.world.scheduler.now_s
+                if state.request is not None and state.request.failed:
+                    wait_s = 0.0
+            if worker.lost_after_ask or (wait_s is not None and wait_s <= 0):
+                worker.world.invariants.goes(worker)
                 worker.exit(TERMINATED)
                 return None
         yield wait_s
@@ -256,6 +264,7 @@ def _restore(worker: Worker, place: pb.WorkerAssignment) -> Generator[float | No
     """Rank 0, where nobody's state may be gone on from: fence the folder, then load the newest checkpoint."""
     _raise_fence(worker, place.generation)
     yield from _sleep(worker, worker.world.storage_s())
+    yield from _held_up(worker)
     newest = worker.world.storage.newest()
     worker.holding, worker.cursor = (newest.state, newest.cursor) if newest else (worker.world.fresh, 0)
     worker.world.invariants.restored(worker, place.generation, newest)
@@ -268,8 +277,7 @@ def _step(worker: Worker) -> Generator[float | None, None, dict[int, Step]]:
     assert group is not None, "steps are taken in a generation"
     worker.works_since_s = world.scheduler.now_s
     yield from _sleep(worker, world.compute_s())
-    while (left_s := worker.busy_until_s - world.scheduler.now_s) > 1e-9:
-        yield left_s
+    yield from _held_up(worker)
     worker.works_since_s = None
     leave = state.leave
     due = group.rank == 0 and world.rng.random() < world.setup.save_rate
@@ -300,6 +308,7 @@ def _write(worker: Worker, generation: int) -> Thread:
     state, cursor = worker.holding, worker.cursor
     world.faults.moment("save", worker)
     yield from _sleep(worker, world.storage_s())
+    yield from _held_up(worker)
     saved = Saved(generation, state.step, state, cursor)
     world.storage.commit(saved)
     world.say(worker.name, "saves %s", state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ class Worker:
         self.local_rank = local_rank
         self.name = f"{self.node_id}/{local_rank}.{number}"
         self.port = number
+        self.started_s = world.scheduler.now_s
         self.alive = True
         self.frozen = False
         # 0: well; above: failed; below: ended by that signal.
@@ -54,7 +56,12 @@ class Worker:
         self.standing = 0
         self.group: Membership | None = None
         self.fenced_storage = 0
+        # The last generation that it left.
+        self.left = 0
+        # How many this process has made.
+        self.steps = 0
         self.terminated = False
+        self.terminated_s = 0.0
         self.failure: str | None = None
         self.lost_after_ask = False
         self.left_s = 0.0
@@ -79,7 +86,11 @@ class Worker:
 
     def always_ran_for(self, seconds: float) -> bool:
         """It neither was frozen nor hung for so long."""
-        return not self.frozen and self.world.scheduler.now_s - self._froze_s >= seconds
+        return not self.frozen and self.world.scheduler.now_s - max(self._froze_s, self.busy_until_s) >= seconds
+
+    @property
+    def hangs_for_good(self) -> bool:
+        return self.busy_until_s == math.inf
 
     # -- its training thread
 
@@ -162,9 +173,11 @@ class Worker:
             self.world.scheduler.after(0.3, self.sigterm)
             return
         self.world.say(self.name, "has SIGTERM")
-        in_group = self.group is not None and self.group.open and not self.group.broken
-        drain = in_group and self.state.on_sigterm() is OnSigterm.DRAIN
+        broken = self.group is None or not self.group.open or self.group.broken
+        drain = self.state.on_sigterm(broken=broken) is OnSigterm.DRAIN
         self.terminated = True
+        self.lost_after_ask = False
+        self.terminated_s = self.world.scheduler.now_s
         if drain:
             self.stream.send(self.state.drain())
         elif self.state.give_up_reason is None:
@@ -178,6 +191,9 @@ class Worker:
     def opening(self) -> Sequence[pb.TrainRequest]:
         return self.state.opening()
 
+    def said_again(self) -> Sequence[pb.TrainRequest]:
+        return [pb.TrainRequest(ready=self.state.request)] if self.state.request is not None else []
+
     def hear(self, message: Any) -> None:
         before = self.state.assignment
         for answer in self.state.hear(message):
@@ -188,11 +204,14 @@ class Worker:
             self.world.invariants.assigned(self, assignment)
             self.world.faults.moment("assigned", self)
         number = self.state.generation
-        if number and self.state.over(number) is not None:
+        # By what was said, not by what the state makes of it.
+        ends = message.WhichOneof("body") in ("cut", "fenced")
+        if ends and number and getattr(message, message.WhichOneof("body")).generation == number:
             self.world.invariants.cut_heard(self, number)
             self.world.faults.moment("cut", self)
-            if self.group is not None and self.group.formation.number == number:
-                self.group.break_()
+        group = self.group
+        if number and self.state.over(number) is not None and group is not None and group.formation.number == number:
+            group.break_()
         self.poke()
 
     def refused(self, reason: str) -> None:
@@ -210,6 +229,7 @@ class Worker:
     def ask(self, *, failed: bool, unreachable: Sequence[int] = ()) -> None:
         """As LiveSession.ask: leave the generation, if in one, and ask for the next."""
         self._flush_progress()
+        self.left = self.state.generation or self.left
         number, suspects = self._suspects
         if number and number == self.state.generation:
             unreachable = sorted({*unreachable, *suspects})
@@ -271,7 +291,9 @@ class Worker:
     def stepped(self, figures: StepFigures) -> None:
         self.committed()
         self.state.moved()
+        self.steps += 1
         self.pending = figures
+        self.world.invariants.committed(self)
 
     def committed(self) -> None:
         self.state.reduced()

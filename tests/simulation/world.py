@@ -63,7 +63,7 @@ class World:
         return self.rng.random() * (0.005 if self.rng.random() < 0.9 else 0.1)
 
     def save_s(self) -> float:
-        return 0.001 + self.rng.random() * (0.005 if self.rng.random() < 0.9 else 0.1)
+        return 0.001 + self.rng.random() * (0.005 if self.rng.random() < 0.8 else 0.1)
 
     def storage_s(self) -> float:
         return 0.01 + self.rng.random() * (0.05 if self.rng.random() < 0.7 else 0.5)
@@ -130,6 +130,7 @@ class World:
         self.scheduler.run(self.setup.active_s)
         self.faults.end()
         limit_s = self.scheduler.now_s + PROGRESS_LIMIT_S
+        limit_s += 2 * self.setup.limits.hang_limit_s + self.setup.limits.end_limit_s
         while not self.scheduler.stopped and not self.invariants.job_has_ended:
             self.scheduler.run(self.scheduler.now_s + _LOOK_S)
             if self.invariants.job_has_ended or self.scheduler.stopped or self.invariants.rests():

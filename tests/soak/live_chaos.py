@@ -22,7 +22,7 @@ CONTROLLER = "control"
 # For everything that one event sets off, with workers that are started anew, on a machine that has other work.
 PATIENCE_S = 150.0
 IN_A_STEP = ("forward", "backward", "all_reduce", "optimizer")
-IN_A_CHECKPOINT = ("before checkpoint", "state", "after checkpoint")
+IN_A_CHECKPOINT = ("before checkpoint", "state", "after share", "after checkpoint")
 # Where a survivor gets when the others of its generation are gone.
 IN_A_CHANGE = ("ask", "before build", "after build", "broadcast")
 WAYS_TO_END = ("KILL", "raise", "memory")

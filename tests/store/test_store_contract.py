@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from harness.etcd import ETCD, EtcdCluster
 from stretto_controller.core.model import Cause, Generation, JobSpec, Member, Node, Record
+from stretto_controller.curve import Point
 from stretto_controller.store.contents import (
     GenerationSummary,
     Leader,
@@ -184,6 +186,30 @@ async def test_an_ended_generation_replaces_itself_begun(terms: Terms) -> None:
     await store.save(Save("a", generations=(ended, summary(2))))
     (job,) = await terms.loads()
     assert job.generations == (ended, summary(2))
+
+
+def points(first: int, last: int) -> tuple[Point, ...]:
+    return tuple(Point(float(n), 1, n, n, 1.5, 2.0, math.nan, math.inf, 0.1, 3.0) for n in range(first, last))
+
+
+async def test_a_curve_is_saved_piece_by_piece_or_anew_and_goes_with_its_job(terms: Terms) -> None:
+    store = await terms.begin()
+    await store.save(Save("a", Record("a", SPEC), points=points(0, 3)))
+    await store.save(Save("a", points=points(2, 5)))
+    await store.save(Save("b", Record("b", SPEC), points=points(0, 9)))
+    await asyncio.gather(
+        store.save(Save("b", points=points(9, 10))),
+        store.save(Save("b", points=points(0, 4), points_anew=True)),
+        store.save(Save("b", points=points(4, 6))),
+    )
+    found = {job.record.name: job.points for job in await terms.loads()}
+    # By their text: NaN is not equal to itself.
+    assert repr(found["a"]) == repr(tuple(Point(*map(float, point)) for point in points(0, 5)))
+    assert [point.step for point in found["b"]] == [0, 1, 2, 3, 4, 5]
+    assert terms.store is not None
+    await terms.store.save(Save("b", forget=True))
+    await terms.store.save(Save("b", Record("b", SPEC)))
+    assert [len(job.points) for job in await terms.loads()] == [5, 0]
 
 
 async def test_closing_first_writes_what_waits(terms: Terms) -> None:

@@ -25,6 +25,7 @@ from stretto_controller.core.model import (
     Record,
 )
 from stretto_controller.core.report import Checkpoint
+from stretto_controller.curve import Point
 from stretto_controller.store.codec import CodecError, decode, encode
 from stretto_controller.store.contents import GenerationSummary, Save, StoredEvent, StoreError
 from stretto_controller.store.sqlite import SCHEMA_VERSION, SqliteStore
@@ -95,6 +96,19 @@ def test_codec_fills_fields_that_an_older_release_did_not_write() -> None:
 def test_codec_refuses_what_this_release_does_not_write(text: str) -> None:
     with pytest.raises(CodecError, match="not a Record"):
         decode(Record, text)
+
+
+async def test_the_file_of_the_release_before_is_taken_over(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    await store.save(Save("a", Record("a", SPEC)))
+    await store.close()
+    database = sqlite3.connect(tmp_path / "controller.sqlite3")
+    database.executescript("DROP TABLE points; PRAGMA user_version = 1;")
+    database.close()
+    store = open_store(tmp_path)
+    await store.save(Save("a", points=(Point(1.0, 1, 1, 1, 1.5, 2.0, 0.5, 0.1, 0.1, 3.0),)))
+    assert [job.record.name for job in (await store.load()).jobs] == ["a"]
+    await store.close()
 
 
 async def test_a_second_controller_cannot_use_the_directory(tmp_path: Path) -> None:

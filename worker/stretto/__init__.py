@@ -9,10 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stretto import gain, live, rules
+    from stretto import adasum, gain, live, rules
     from stretto.adascale import AdaScale
     from stretto.adascale_options import AdaScaleSettings
     from stretto.checkpoint import Checkpointer
+    from stretto.mixed_precision import MixedPrecision
     from stretto.sampler import ElasticSampler
     from stretto.trainer import ElasticTrainer, StepReport
 
@@ -22,9 +23,10 @@ _HOMES = {
     "Checkpointer": "stretto.checkpoint",
     "ElasticSampler": "stretto.sampler",
     "ElasticTrainer": "stretto.trainer",
+    "MixedPrecision": "stretto.mixed_precision",
     "StepReport": "stretto.trainer",
 }
-_MODULES = ("gain", "live", "rules")
+_MODULES = ("adasum", "gain", "live", "rules")
 
 __all__ = [
     "AdaScale",
@@ -32,7 +34,9 @@ __all__ = [
     "Checkpointer",
     "ElasticSampler",
     "ElasticTrainer",
+    "MixedPrecision",
     "StepReport",
+    "adasum",
     "gain",
     "live",
     "rules",

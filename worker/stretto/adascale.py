@@ -17,31 +17,36 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from stretto import learning_rate, rules
-from stretto.adascale_options import AdaScaleSettings, checked_optimizer, checked_scheduler, whole, world_size
-from stretto.ddp_norms import AllReduce, CommHook, RankContributions
+from stretto.adascale_options import AdaScaleSettings, check_parameters, checked_optimizer, checked_rule, whole
+from stretto.adasum.switch import check_optimizer, hook_for, scheduled
+from stretto.contributions import Contributions, make_contributions, world_size
+from stretto.ddp_norms import AllReduce, CommHook
 from stretto.gain import GainEstimator
-from stretto.micro_batches import MicroBatchContributions
+from stretto.measure import Measure, Sources
 from stretto.norms import SqrNorm
+from stretto.schedule import LrAt, Schedule
 from stretto.window import StepTotals, Window
+from stretto.wrapped_optimizer import WrappedOptimizer
 
 FORMAT_VERSION = 1
+WARM_UPDATES = 100  # samples in the averages before a statistics_interval leaves any out
 
 _log = logging.getLogger(__name__)
 
 
-class AdaScale(Optimizer):
+class AdaScale(WrappedOptimizer):
     """Runs `optimizer` with its learning rate scaled to the batch that each step really used.
 
-    `model` is what the loop trains: DDP, or a bare module on one process. `base_batch_size`: samples per
-    step that the learning-rate schedule was written for. `batch_size`: samples per rank and micro-batch
-    (default: the base batch size). With `accumulation_steps` m, divide each loss by m as usual.
-    `scheduler`: a torch scheduler on the inner optimizer; the loop must not step it. `comm_hook`: a DDP
-    hook, or (state, hook), to compose with.
+    `model` is what the loop trains: DDP, a module after `fully_shard`, or a bare module on one process.
+    `base_batch_size`: samples per step that the learning-rate schedule was written for. `batch_size`: samples
+    per rank and micro-batch (default: the base batch size). With `accumulation_steps` m, divide each loss by m
+    as usual. `scheduler`: a torch scheduler on the inner optimizer, which the loop must not step, or a function
+    of tau that returns the learning rate. `rule`: see `stretto.rules`. `comm_hook`: a DDP hook, or
+    (state, hook), to compose with.
 
     Every rank calls `step()`; parameters, tau and statistics stay untouched when it raises. A step whose
     gradient is not finite on any rank is skipped on every rank. Clip between backward and step: the
@@ -59,31 +64,30 @@ class AdaScale(Optimizer):
         base_batch_size: int,
         batch_size: int | None = None,
         accumulation_steps: int = 1,
-        scheduler: LRScheduler | None = None,
+        scheduler: LRScheduler | LrAt | None = None,
         rule: str | rules.Rule = "adascale",
         grad_scaler: torch.amp.GradScaler | None = None,
         comm_hook: CommHook | tuple[Any, CommHook] | None = None,
         settings: AdaScaleSettings | None = None,
     ) -> None:
+        super().__init__(checked_optimizer(optimizer))
         self._settings = settings or AdaScaleSettings()
-        self._inner = checked_optimizer(optimizer)
         self._base_batch_size = whole("base_batch_size", base_batch_size)
         self._batch_size = self._base_batch_size if batch_size is None else whole("batch_size", batch_size)
         self._accumulation_steps = whole("accumulation_steps", accumulation_steps)
-        self._scheduler = checked_scheduler(scheduler, (optimizer, self))
-        self._rule = rules.named(rule)
+        self._rule = checked_rule(rule, optimizer, self._settings)
+        check_optimizer(self._rule, optimizer)
+        self._measure = Measure(optimizer, preconditioned=rules.is_preconditioned(self._rule))
         self._grad_scaler = grad_scaler
         self._comm_hook = comm_hook
         self._estimator = GainEstimator(smoothing=self._settings.smoothing, clip=self._settings.clip)
-        self._tau, self._gain, self._skipped_steps = 0.0, 1.0, 0
+        self._tau, self._gain, self._skipped_steps, self._unmeasured = 0.0, 1.0, 0, 0
         self._rates, self._factor = learning_rate.current(optimizer.param_groups), 1.0
         self._agreement: list[float] = []
         self._agreed: list[float] = []
-        # Sets up the hooks and profiling of a torch optimizer; its __init__ would copy groups that are
-        # shared here.
-        super().__setstate__({})
-        self._contributions: MicroBatchContributions | RankContributions | None = None
+        self._contributions: Contributions | None = None
         self.rebind(model)
+        self._schedule = Schedule(scheduler, scheduled(optimizer))
 
     # -- the model
     # ---------------------------------------------------------------------------------------------
@@ -115,14 +119,26 @@ class AdaScale(Optimizer):
             self._accumulation_steps = whole("accumulation_steps", accumulation_steps)
         if comm_hook is not None:
             self._comm_hook = comm_hook
-        self._world_size = world_size(module)
+        self._world_size = world_size(module, self._parameters())
         self._window = Window(
             batch_size=self._batch_size,
             accumulation_steps=self._accumulation_steps,
             world_size=self._world_size,
         )
         self._scale = self._window.nominal_total / self._base_batch_size
-        self._contributions = self._make_contributions(module, all_reduce)
+        self._measure.cover(module)
+        self._contributions = make_contributions(
+            module,
+            self._window,
+            Sources(
+                parameters=self._parameters,
+                measure=self._measure,
+                loss_scale=self._loss_scale,
+                sum_loss=self._settings.accumulated_loss == "sum",
+            ),
+            comm_hook=hook_for(self._rule, module, self._comm_hook),
+            all_reduce=all_reduce,
+        )
         self._contributions.attach()
 
     def unbind(self) -> None:
@@ -141,27 +157,7 @@ class AdaScale(Optimizer):
             self._loss_scale(next(iter(self._parameters())).device)  # a scaler that was never used cannot be updated
             scaler.update(scaler.get_scale())
 
-    def _make_contributions(
-        self, module: torch.nn.Module, all_reduce: AllReduce | None
-    ) -> MicroBatchContributions | RankContributions:
-        hook = self._comm_hook
-        pair = hook if hook is None or isinstance(hook, tuple) else (None, hook)
-        sum_loss = self._settings.accumulated_loss == "sum"
-        if isinstance(module, DistributedDataParallel) and self._world_size > 1:
-            return RankContributions(
-                module,
-                self._parameters,
-                self._window,
-                loss_scale=self._loss_scale,
-                sum_loss=sum_loss,
-                comm_hook=pair,
-                all_reduce=all_reduce,
-            )
-        if isinstance(module, DistributedDataParallel) and pair is not None:
-            module.register_comm_hook(*pair)
-        return MicroBatchContributions(self._parameters, self._window, loss_scale=self._loss_scale, sum_loss=sum_loss)
-
-    def _parameters(self) -> Iterable[Tensor]:
+    def _parameters(self) -> list[Tensor]:
         return [p for group in self._inner.param_groups for p in group["params"]]
 
     def _loss_scale(self, device: torch.device) -> SqrNorm:
@@ -173,13 +169,7 @@ class AdaScale(Optimizer):
 
     def _check_parameters(self, parameters: Iterable[Tensor]) -> None:
         module = self._model()
-        known = {id(p) for p in module.parameters()} if module is not None else set()
-        strangers = sum(id(p) not in known for p in parameters)
-        if strangers:
-            raise ValueError(
-                f"{strangers} of the optimizer's parameters are not the model's: make the optimizer from "
-                "model.parameters(), after moving or wrapping the model in ways that replace them"
-            )
+        check_parameters(parameters, module)
 
     # -- the step
     # ----------------------------------------------------------------------------------------------
@@ -201,6 +191,10 @@ class AdaScale(Optimizer):
                 "whole step, over all ranks and micro-batches"
             )
         self._bound().announce(n, total)
+
+    def ignore_statistics(self) -> None:
+        """Leave the next step out of the averages, on every rank; call it before the step's first backward."""
+        self._measure.active = False
 
     def set_agreement(self, values: Sequence[float]) -> None:
         """Attach numbers to the all-reduce of each following step; `agreed` then holds their sums over the ranks.
@@ -240,14 +234,17 @@ class AdaScale(Optimizer):
             num_contributions=totals.num_contributions,
             scale=scale,
         )
-        state = rules.RuleState(estimator, self._tau, self._settings.target_tau)
+        state = rules.RuleState(estimator, self._tau, self._settings.target_tau, self._settings.step_budget)
         factor, increment = self._rule(state, scale)
         rates = learning_rate.current(self._inner.param_groups)
         with learning_rate.scaled(self._inner.param_groups, factor):
             self._inner.step()
         self._estimator, self._scale, self._gain = estimator, scale, estimator.gain(scale)
         self._rates, self._factor = rates, factor
-        self._advance(increment)
+        self._unmeasured = 0 if self._measure.active else self._unmeasured + 1
+        before, self._tau = self._tau, self._tau + increment
+        self._schedule.advance(before, self._tau)
+        self._choose_measured()
         return loss
 
     def _exchange(self) -> StepTotals:
@@ -263,14 +260,13 @@ class AdaScale(Optimizer):
         self._agreed = totals.agreed
         return totals
 
-    def _advance(self, increment: float) -> None:
-        before = math.floor(self._tau)
-        self._tau += increment
-        if self._scheduler is not None:
-            for _ in range(math.floor(self._tau) - before):
-                self._scheduler.step()
+    def _choose_measured(self) -> None:
+        """Whether the next step's statistics are wanted; every rank has the same numbers, and chooses alike."""
+        interval = self._settings.statistics_interval
+        warm = self._estimator.num_updates >= WARM_UPDATES
+        self._measure.active = not warm or self._unmeasured + 1 >= interval
 
-    def _bound(self) -> MicroBatchContributions | RankContributions:
+    def _bound(self) -> Contributions:
         if self._contributions is None:
             raise RuntimeError("AdaScale is not bound to a model: call rebind(model) after unbind()")
         return self._contributions
@@ -288,7 +284,10 @@ class AdaScale(Optimizer):
         param_group["params"] = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         self._check_parameters(param_group["params"])
         self._inner.add_param_group(param_group)
-        if self._contributions is not None:
+        self._schedule.refresh(self._tau)
+        module = self._model()
+        if self._contributions is not None and module is not None:
+            self._measure.cover(module)
             self._contributions.attach()
 
     # -- what the latest step was
@@ -334,25 +333,8 @@ class AdaScale(Optimizer):
         """Steps that were skipped because the gradient was not finite."""
         return self._skipped_steps
 
-    # -- torch's optimizer interface, shared with the inner optimizer
-    # --------------------------------------------
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """The inner optimizer."""
-        return self._inner
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]  # torch declares an attribute
-        return self._inner.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]  # torch declares an attribute
-        return self._inner.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]  # torch declares an attribute
-        return self._inner.defaults
+    # -- the state
+    # ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state with one more entry, "adascale", of plain numbers and the schedule."""
@@ -361,8 +343,9 @@ class AdaScale(Optimizer):
             "tau": self._tau,
             "gain": self._gain,
             "scale": self._scale,
+            "unmeasured_steps": self._unmeasured,
             "estimator": self._estimator.state_dict(),
-            "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
+            "scheduler": self._schedule.state_dict(),
         }
         return {**self._inner.state_dict(), "adascale": own}
 
@@ -379,15 +362,17 @@ class AdaScale(Optimizer):
                 f"the AdaScale state has format version {own.get('format_version')!r}; this release reads "
                 f"{FORMAT_VERSION}: load it with the release that wrote it"
             )
-        if self._scheduler is not None and own["scheduler"] is None:
-            raise ValueError("the AdaScale state has no scheduler, this AdaScale has one: drop it, or start anew")
+        missing = sorted(self.state_dict()["adascale"].keys() - own.keys())
+        if missing:
+            raise ValueError(f"the AdaScale state lacks {', '.join(missing)}; it was not written by state_dict()")
+        self._schedule.check(own["scheduler"])
         estimator = copy.copy(self._estimator)
         estimator.load_state_dict(own["estimator"])
         self._inner.load_state_dict({key: value for key, value in d.items() if key != "adascale"})
-        if self._scheduler is not None:
-            self._scheduler.load_state_dict(own["scheduler"])
-        self._estimator = estimator
+        self._schedule.load_state_dict(own["scheduler"], float(own["tau"]))
+        self._estimator, self._unmeasured = estimator, int(own["unmeasured_steps"])
         self._tau, self._gain, self._scale = float(own["tau"]), float(own["gain"]), float(own["scale"])
+        self._choose_measured()
         self._rates, self._factor = learning_rate.current(self._inner.param_groups), 1.0
         if self._contributions is not None:
             self._contributions.discard()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from stretto import rules
 from stretto.gain import Clip
 
 
@@ -21,25 +21,36 @@ class AdaScaleSettings:
 
     `smoothing`, `clip`: of the `GainEstimator`. `accumulated_loss`: "mean" where each micro-batch's loss is
     divided by accumulation_steps, "sum" where it is not. `target_tau`: the schedule's length in iterations
-    at S = 1, which rule "linear_warmup" needs.
+    at S = 1, which the rules with a warm-up need; `step_budget`: the steps to stretch it to, for rule
+    "linear_warmup_stretched". `statistics_interval`: measure gradients in every k-th step only, once 100 samples
+    are in the averages; in the others just whether they are finite.
     """
 
     smoothing: Literal["paper"] | float = "paper"
     clip: Clip = "on-read"
     accumulated_loss: Literal["mean", "sum"] = "mean"
     target_tau: float | None = None
+    step_budget: int | None = None
+    statistics_interval: int = 1
 
     def __post_init__(self) -> None:
         if self.accumulated_loss not in ("mean", "sum"):
             raise ValueError(f'accumulated_loss is {self.accumulated_loss!r}; allowed: "mean", "sum"')
         if self.target_tau is not None and not self.target_tau > 0:
             raise ValueError(f"target_tau is {self.target_tau}; allowed: a number above 0")
+        if self.step_budget is not None:
+            whole("step_budget", self.step_budget)
+        whole("statistics_interval", self.statistics_interval)
 
 
 def checked_optimizer(optimizer: Optimizer) -> Optimizer:
     """Return an optimizer that AdaScale can wrap, or say why it cannot."""
     if "AdaScale" in {base.__name__ for base in type(optimizer).__mro__}:
         raise ValueError("optimizer is an AdaScale already; wrap the optimizer inside it once")
+    if "DeltaOptimizer" in {base.__name__ for base in type(optimizer).__mro__}:
+        raise ValueError(
+            "optimizer is Adasum's DeltaOptimizer, which scales by itself; use AdaScale or Adasum, not both"
+        )
     if not isinstance(optimizer, Optimizer):
         raise ValueError(f"optimizer is a {type(optimizer).__name__}; allowed: a torch.optim.Optimizer")
     if any("lr" not in group for group in optimizer.param_groups):
@@ -53,28 +64,29 @@ def checked_optimizer(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def checked_scheduler(scheduler: LRScheduler | None, owners: tuple[Optimizer, ...]) -> LRScheduler | None:
-    """Return a scheduler that belongs to one of `owners` and can follow tau, or say why it cannot."""
-    if isinstance(scheduler, ReduceLROnPlateau):
-        raise ValueError("ReduceLROnPlateau follows a metric, not tau; step it yourself and pass no scheduler")
-    if scheduler is not None and not any(scheduler.optimizer is owner for owner in owners):
-        raise ValueError("scheduler belongs to another optimizer; make it with the optimizer given to AdaScale")
-    return scheduler
-
-
-def world_size(module: torch.nn.Module) -> int:
-    """Return how many ranks share the model's gradients, or say why they cannot."""
-    if isinstance(module, DistributedDataParallel):
-        return dist.get_world_size(module.process_group)
-    sharded = {"FSDPModule", "FullyShardedDataParallel"} & {base.__name__ for base in type(module).__mro__}
-    if sharded:
-        raise ValueError(f"model is sharded ({sharded.pop()}), which is not supported: wrap it in DDP instead")
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+def checked_rule(rule: str | rules.Rule, optimizer: Optimizer, settings: AdaScaleSettings) -> rules.Rule:
+    """Return a rule that suits the optimizer and has what it needs, or say why it cannot be used."""
+    chosen = rules.named(rule)
+    if rules.is_preconditioned(chosen) and not isinstance(optimizer, torch.optim.Adam):
         raise ValueError(
-            f"model is not wrapped in DDP, but there are {dist.get_world_size()} ranks, whose gradients would never "
-            "meet: pass DistributedDataParallel(model)"
+            f'rule "adamscale" measures gradients as Adam scales them, and the optimizer is a '
+            f"{type(optimizer).__name__}; allowed: Adam, AdamW"
         )
-    return 1
+    rules.check_settings(chosen, target_tau=settings.target_tau, step_budget=settings.step_budget)
+    return chosen
+
+
+def check_parameters(parameters: Iterable[Tensor], module: torch.nn.Module | None) -> None:
+    """Raise ValueError unless the model has parameters and these are among them."""
+    known = {id(p) for p in module.parameters()} if module is not None else set()
+    if not known:
+        raise ValueError("model has no parameters; give the model that the optimizer trains")
+    strangers = sum(id(p) not in known for p in parameters)
+    if strangers:
+        raise ValueError(
+            f"{strangers} of the optimizer's parameters are not the model's: make the optimizer from "
+            "model.parameters(), after moving or wrapping the model in ways that replace them"
+        )
 
 
 def whole(name: str, value: int, *, minimum: int = 1) -> int:

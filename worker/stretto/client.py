@@ -97,6 +97,11 @@ class JobsClient:
         request = jobs_pb2.DrainNodeRequest(job=job, node_id=node_id)
         return self._ask("DrainNode", request, jobs_pb2.DrainNodeResponse).job
 
+    def checkpoint(self, job: str) -> jobs_pb2.Job:
+        """Have a checkpoint written at the next step boundary; training goes on."""
+        request = jobs_pb2.CheckpointJobRequest(job=job)
+        return self._ask("CheckpointJob", request, jobs_pb2.CheckpointJobResponse).job
+
     def delete(self, job: str) -> None:
         """Dismiss the job's nodes and forget it."""
         self._ask("DeleteJob", jobs_pb2.DeleteJobRequest(job=job), jobs_pb2.DeleteJobResponse)
@@ -110,6 +115,12 @@ class JobsClient:
         """The job's generations, oldest first: members, scale, gain, steps, pause."""
         request = jobs_pb2.ListGenerationsRequest(job=job)
         return [*self._ask("ListGenerations", request, jobs_pb2.ListGenerationsResponse).generations]
+
+    def points(self, job: str, *, after_s: float = 0.0) -> jobs_pb2.ListPointsResponse:
+        """The job's figures over time, oldest first. after_s: only later ones, in seconds since the Unix epoch."""
+        return self._ask(
+            "ListPoints", jobs_pb2.ListPointsRequest(job=job, after_s=after_s), jobs_pb2.ListPointsResponse
+        )
 
     def _ask(self, method: str, request: RequestT, kind: type[ResponseT]) -> ResponseT:
         """Call `method` at the endpoint that answered last, else at the leader that it names, else at the others."""

@@ -2,7 +2,7 @@
 
 # Annotations stay objects here: DDP compares those of a communication hook with its own types.
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket  # torch.distributed re-exports it without saying so
 from torch.nn.parallel import DistributedDataParallel
 
+from stretto.measure import Sources
 from stretto.micro_batches import LeafHooks, micro_batch_weighted
-from stretto.norms import SqrNorm, sqr_norm, sum_sqr_norms
+from stretto.norms import SqrNorm, sqr_norm_then_scale_, sum_sqr_norms
 from stretto.window import LocalSums, Window, to_vector
 
 CommHook = Callable[[Any, GradBucket], torch.futures.Future[Tensor]]
@@ -36,21 +37,20 @@ class RankContributions:
     def __init__(
         self,
         model: DistributedDataParallel,
-        parameters: Callable[[], Iterable[Tensor]],
+        sources: Sources,
         window: Window,
         *,
-        loss_scale: Callable[[torch.device], SqrNorm],
-        sum_loss: bool,
         comm_hook: tuple[Any, CommHook] | None,
         all_reduce: AllReduce | None = None,
     ) -> None:
         self._all_reduce = all_reduce or _through_torch(model.process_group)
         self._device = next(model.parameters()).device
-        self._parameters = parameters
+        self._parameters, self._measure = sources.parameters, sources.measure
+        self._loss_scale, self._sum_loss = sources.loss_scale, sources.sum_loss
         self._window = window
-        self._loss_scale = loss_scale
-        self._sum_loss = sum_loss
         self._comm_hook = comm_hook
+        # Of a hook whose result is no mean, but which knows the mean's norm.
+        self._mean_sqr_norm = getattr(comm_hook[0], "mean_sqr_norm", None) if comm_hook is not None else None
         self._hooks = LeafHooks(on_begin=self._begin_micro_batch, on_gradient=self._gradient)
         self._counting: tuple[torch.futures.Future[Any], Tensor] | None = None  # the sum of the ranks' counts
         self.discard()
@@ -94,7 +94,7 @@ class RankContributions:
             shrink = shrink / (window.accumulation_steps**2 if self._sum_loss else 1)
         return LocalSums(
             samples=samples if window.micro_batches else window.nominal_total // window.world_size,
-            contributions=int(samples > 0 and self._backwards > 0),
+            contributions=int(self._measure.active and samples > 0 and self._backwards > 0),
             weighted_sqr_norm=samples * own * shrink,
             global_sqr_norm=sum_sqr_norms(_in_order(self._reduced)) * shrink,
             denominator=total if self._reduced_total is None else 0.0,
@@ -114,24 +114,30 @@ class RankContributions:
         window, buffer, index = self._window, bucket.buffer(), bucket.index()
         if index == 0:
             self._begin_backward(buffer.device)
+        measure, weight = self._measure, self._weight()
         if window.samples == 0:
             buffer.zero_()  # the mean over no samples is NaN
+        elif measure.active and measure.flat:
+            self._local[index] = sqr_norm_then_scale_(buffer, weight)
         else:
-            self._local[index] = sqr_norm(buffer)
-            weight = self._weight()
-            if isinstance(weight, Tensor) or weight != 1.0:
-                buffer.mul_(weight)
+            if measure.active:
+                self._local[index] = measure.of_buffer(buffer, bucket.parameters(), bucket.gradients())
+            buffer.mul_(weight)
         if self._comm_hook is None:
             future = self._all_reduce(buffer, more=not bucket.is_last())
         else:
             state, hook = self._comm_hook
             future = hook(state, bucket)
         reduced = self._reduced  # a late answer to a backward that was given up must not reach the next one
+        laid_out: tuple[list[Tensor], list[Tensor]] = (
+            ([], []) if measure.flat else (bucket.parameters(), bucket.gradients())
+        )
 
         def after(done: torch.futures.Future[Any]) -> Tensor:
             value = done.value()
             result: Tensor = value[0] if isinstance(value, list | tuple) else value
-            reduced[index] = sqr_norm(result)
+            mean = None if self._mean_sqr_norm is None else self._mean_sqr_norm(index)
+            reduced[index] = measure.of_buffer(result, *laid_out) if mean is None else mean
             return result
 
         chained: torch.futures.Future[Tensor] = future.then(after)
@@ -171,7 +177,7 @@ class RankContributions:
             future.wait()
             self._reduced_total = float(counts) if counts.device.type == "cpu" else counts[0]
 
-    def _gradient(self, grad: Tensor) -> Tensor | None:
+    def _gradient(self, parameter: Tensor, grad: Tensor) -> Tensor | None:
         if self._window.latest == 0:
             return torch.zeros_like(grad)
         return micro_batch_weighted(grad, self._window)

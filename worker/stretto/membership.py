@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from stretto_proto.v1 import types_pb2
 
+from stretto.checkpoint import Failed, Saved
 from stretto.live import LiveSession
-from stretto.saver import Saved
 from stretto.session import Session
 from stretto.trainer_settings import TrainerSettings
 from stretto.unattended import Unattended
@@ -44,11 +44,15 @@ class FixedMembership:
             on_commit=self._on_commit,
         )
 
-    def checkpoint_committed(self, generation: int, saved: Saved, tau: float) -> None:
+    def checkpoint_committed(self, saved: Saved) -> None:
         """Tell the controller of a checkpoint that is whole."""
         self._session.checkpoint_committed(
-            saved.step, tau, saved.path, size_bytes=saved.size_bytes, duration_s=saved.duration_s
+            saved.step, saved.tau, saved.path, size_bytes=saved.size_bytes, duration_s=saved.duration_s
         )
+
+    def checkpoint_failed(self, failed: Failed) -> None:
+        """Tell the controller of a save that came to nothing."""
+        self._session.checkpoint_failed(failed.step, failed.reason)
 
     def close(self) -> None:
         self._session.close()

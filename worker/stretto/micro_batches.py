@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stretto.norms import SqrNorm, sqr_norm, sum_sqr_norms
+from stretto.measure import Sources
+from stretto.norms import SqrNorm, sum_sqr_norms
 from stretto.window import LocalSums, Window
 
 
 class LeafHooks:
     """Calls back when a backward begins, and for each parameter's gradient before it is accumulated.
 
-    `on_gradient` may return a replacement for the gradient of this micro-batch alone. `on_accumulated` runs
-    after `param.grad` has grown by it.
+    `on_gradient(parameter, gradient)` may return a replacement for the gradient of this micro-batch alone.
+    `on_accumulated` runs after `param.grad` has grown by it.
     """
 
     def __init__(
         self,
         *,
         on_begin: Callable[[torch.device], None],
-        on_gradient: Callable[[Tensor], Tensor | None],
+        on_gradient: Callable[[Tensor, Tensor], Tensor | None],
         on_accumulated: Callable[[Tensor], None] | None = None,
     ) -> None:
         self._on_begin = on_begin
@@ -39,7 +41,7 @@ class LeafHooks:
             if parameter.requires_grad and id(parameter) not in self._hooked:
                 self._hooked[id(parameter)] = parameter  # holding it keeps its id from being used again
                 leaf: Any = parameter  # torch leaves its hook methods untyped
-                self._handles.append(leaf.register_hook(self._gradient))
+                self._handles.append(leaf.register_hook(partial(self._gradient, parameter)))
                 if self._on_accumulated is not None:
                     self._handles.append(leaf.register_post_accumulate_grad_hook(self._on_accumulated))
 
@@ -50,13 +52,13 @@ class LeafHooks:
         self._handles.clear()
         self._hooked.clear()
 
-    def _gradient(self, grad: Tensor) -> Tensor | None:
+    def _gradient(self, parameter: Tensor, grad: Tensor) -> Tensor | None:
         # The engine numbers its backwards; register_multi_grad_hook would keep one entry for each, for ever.
         backward = torch._C._current_graph_task_id()
         if backward != self._backward:
             self._backward = backward
             self._on_begin(grad.device)
-        return self._on_gradient(grad)
+        return self._on_gradient(parameter, grad)
 
 
 class MicroBatchContributions:
@@ -68,16 +70,12 @@ class MicroBatchContributions:
 
     def __init__(
         self,
-        parameters: Callable[[], Iterable[Tensor]],
+        sources: Sources,
         window: Window,
-        *,
-        loss_scale: Callable[[torch.device], SqrNorm],
-        sum_loss: bool,
     ) -> None:
-        self._parameters = parameters
+        self._parameters, self._measure = sources.parameters, sources.measure
+        self._loss_scale, self._sum_loss = sources.loss_scale, sources.sum_loss
         self._window = window
-        self._loss_scale = loss_scale
-        self._sum_loss = sum_loss
         self._hooks = LeafHooks(on_begin=self._begin, on_gradient=self._gradient, on_accumulated=self._accumulated)
         self.discard()
 
@@ -101,10 +99,10 @@ class MicroBatchContributions:
         """Return the statistics of the micro-batches since the last step."""
         window = self._window
         if not window.micro_batches:  # one micro-batch per step, or gradients that no backward has made
-            grads = (p.grad for p in self._parameters() if p.grad is not None)
+            own = self._parameters()
             samples = window.next_samples * window.accumulation_steps
             window.open_micro_batch()  # uses up the announcement
-            square = sum_sqr_norms(sqr_norm(grad) for grad in grads)
+            square = sum_sqr_norms(self._measure.of(p, p.grad) for p in own if p.grad is not None)
             declared = window.total is not None
             return LocalSums(samples, 1, samples * square, square, float(window.total or samples), declared=declared)
         # The user divided each loss by the number of micro-batches; for a sum of losses both norms shrink
@@ -114,7 +112,7 @@ class MicroBatchContributions:
         weighted = sum_sqr_norms(n * undo * norm for n, norm in zip(self._sizes, self._norms, strict=True))
         return LocalSums(
             samples=window.samples,
-            contributions=sum(1 for n in self._sizes if n),
+            contributions=sum(1 for n in self._sizes if n) if self._measure.active else 0,
             weighted_sqr_norm=weighted * shrink,
             global_sqr_norm=sum_sqr_norms(self._total.values()) * shrink,
             denominator=float(window.denominator),
@@ -140,16 +138,17 @@ class MicroBatchContributions:
         self._sizes.append(self._window.latest)
         self._norms.append(0.0)
 
-    def _gradient(self, grad: Tensor) -> Tensor | None:
+    def _gradient(self, parameter: Tensor, grad: Tensor) -> Tensor | None:
         window = self._window
         if window.latest == 0:
             return torch.zeros_like(grad)  # the mean over no samples is NaN
-        self._norms[-1] = sum_sqr_norms((self._norms[-1], sqr_norm(grad)))
+        if self._measure.active:
+            self._norms[-1] = sum_sqr_norms((self._norms[-1], self._measure.of(parameter, grad)))
         return micro_batch_weighted(grad, window)
 
     def _accumulated(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
-            self._total[id(parameter)] = sqr_norm(parameter.grad)
+            self._total[id(parameter)] = self._measure.of(parameter, parameter.grad)
 
 
 def micro_batch_weighted(grad: Tensor, window: Window) -> Tensor | None:

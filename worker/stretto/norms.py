@@ -24,7 +24,35 @@ def sqr_norm(tensor: Tensor) -> SqrNorm:
         wide = torch.float32 if flat.dtype in (torch.float16, torch.bfloat16) else None
         norm: Tensor = torch.linalg.vector_norm(flat, dtype=wide)
         return norm.double().square()
-    return sum_sqr_norms(_cpu_sqr_norm(chunk) for chunk in torch.split(flat, _CHUNK)) if flat.numel() else 0.0
+    if flat.numel() <= _CHUNK:
+        return _cpu_sqr_norm(flat)
+    return sum(_cpu_sqr_norm(chunk) for chunk in torch.split(flat, _CHUNK))
+
+
+def sqr_norm_then_scale_(flat: Tensor, weight: SqrNorm) -> SqrNorm:
+    """Return the squared norm of a contiguous tensor and multiply it by `weight`, in one pass through memory."""
+    if isinstance(weight, float) and weight == 1.0:
+        return sqr_norm(flat)
+    if flat.device.type != "cpu" or flat.is_sparse:
+        norm = sqr_norm(flat)
+        flat.mul_(weight)
+        return norm
+    total = 0.0
+    for chunk in torch.split(flat.detach().view(-1), _CHUNK):  # stays in the cache between the two
+        total += _cpu_sqr_norm(chunk)
+        chunk.mul_(weight)
+    return total
+
+
+def finite_mark(tensor: Tensor) -> SqrNorm:
+    """Return 0.0 where every element is finite, NaN where one is not; never waits for an accelerator."""
+    if tensor.is_sparse:
+        tensor = tensor.coalesce().values()
+    if tensor.device.type != "cpu":
+        return tensor.detach().sum(dtype=torch.float64) * 0.0
+    total = tensor.detach().sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+    # The sum itself can overflow; then the elements decide.
+    return 0.0 if math.isfinite(float(total)) or bool(tensor.isfinite().all()) else math.nan
 
 
 def sum_sqr_norms(norms: Iterable[SqrNorm]) -> SqrNorm:

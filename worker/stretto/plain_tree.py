@@ -83,10 +83,14 @@ class TreeEncoder:
         identity = (tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride())
         if tensor.numel() and identity in self._seen:
             return self._seen[identity][0]
-        name = f"t{len(self.tensors)}"
+        name = self._named(where)
         self.tensors[name] = self._kept(tensor.detach())
         self._seen[identity] = (name, tensor)
         return name
+
+    def _named(self, where: str) -> str:
+        """What the tensor at this place is called in the table."""
+        return f"t{len(self.tensors)}"
 
     def _kept(self, tensor: Tensor) -> Tensor:
         host = tensor.to("cpu").contiguous()
@@ -96,7 +100,7 @@ class TreeEncoder:
         return host
 
 
-def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def decode(value: Any, tensors: Mapping[str, Any]) -> Any:
     """Return the nested value that was encoded; raises ValueError on anything else."""
     if isinstance(value, list):
         return [decode(item, tensors) for item in value]
@@ -108,7 +112,7 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return _decode_tagged(tag, value[tag], tensors)
 
 
-def _decode_tagged(tag: str, body: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _decode_tagged(tag: str, body: Any, tensors: Mapping[str, Any]) -> Any:
     match tag:
         case "$tensor":
             return tensors[body]

@@ -26,6 +26,8 @@ class StepFigures:
     samples: int
     epoch: int
     step_s: float
+    # Adasum's, over the layers: minimum, median, maximum; empty under any other rule.
+    orthogonality: tuple[float, ...] = ()
 
 
 class ProgressReport:
@@ -73,6 +75,7 @@ class ProgressReport:
             sqr_norm=figures.sqr_norm,
             samples=figures.samples,
             epoch=figures.epoch,
+            orthogonality=figures.orthogonality,
             generation_steps=self._steps,
             generation_gain_sum=self._gain_sum,
             pause_s=self._pause_s,

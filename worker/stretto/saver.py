@@ -1,104 +1,197 @@
-"""When the trainer saves and what it goes on from. Only rank 0 touches the files."""
+"""When the trainer saves and what it goes on from."""
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from stretto.checkpoint import Checkpointer
+from stretto.checkpoint import Alone, Checkpointer, CheckpointFailed, Conflict, Failed, Fenced, Peers, Saved
+from stretto.checkpoint.timetable import Interval, Moment, Timetable
+
+_log = logging.getLogger(__name__)
+
+_AFTER_AN_ERROR_S = 1.0  # a save that is being given up has this long to notice
 
 
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """One checkpoint, as the controller is told of it."""
+class Ranks(Peers, Protocol):
+    """The generation whose ranks save together."""
 
-    step: int
-    path: str
-    size_bytes: int
-    duration_s: float
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def broken(self) -> bool: ...
+
+    @property
+    def restored(self) -> bool: ...
 
 
 class Saver:
-    """Saves at intervals and on demand, at most once per step; does nothing where no checkpoint was asked for."""
+    """Saves at intervals and on demand, at most once per step; does nothing where no checkpoint was asked for.
+
+    `told`: called with each checkpoint that this rank has committed, `warned` with each save that failed.
+    """
 
     def __init__(
         self,
         checkpoint: Checkpointer | str | os.PathLike[str] | None,
         *,
-        interval_s: float | None,
-        interval_steps: int | None,
+        interval: Interval,
         told: Callable[[Saved], None],
+        warned: Callable[[Failed], None],
     ) -> None:
-        self._wanted = checkpoint
-        self._interval_s = interval_s
-        self._interval_steps = interval_steps
+        if checkpoint is not None and not isinstance(checkpoint, Checkpointer):
+            checkpoint = Checkpointer(checkpoint, job=os.environ.get("STRETTO_JOB", ""))
+        self._files = checkpoint
+        self._timetable = Timetable(interval)
         self._told = told
-        self._files: Checkpointer | None = None
-        self._generation = self._fenced = 0
-        self._saved_s = time.monotonic()
+        self._warned = warned
+        self._ranks: Ranks | None = None
+        self._generation = 0
         self._saved_step = -1
-
-    def begin(self, generation: int, *, first: bool, step: int) -> None:
-        """This process is in a new generation, which stands at `step`; `first`: it is rank 0."""
-        self._generation = generation
-        self._saved_step = min(self._saved_step, step)
-        self._files = self._opened() if first else None
+        self._wanted = False
 
     def restore(self, state: Mapping[str, Any], generation: int) -> int:
         """Load the newest whole checkpoint into the state's objects; its step, or 0 where there is none. On rank 0.
 
         With a controller, older generations may save no more from here on.
         """
-        self._generation = generation
-        files = self._opened()
+        files = self._files
         if files is None:
             return 0
-        self._raise_fence(files)
+        files.join(Alone())
+        if generation:
+            files.fence(generation)
         found = files.load_latest(dict(state))
         if found is None:
             return 0
         self._saved_step = found.step
         return found.step
 
-    def due(self, step: int) -> bool:
-        """An interval has passed since the last save. Only rank 0 is ever due."""
-        if self._files is None or step <= self._saved_step:
+    def begin(self, ranks: Ranks, *, step: int, tau: float) -> None:
+        """This process is in a new generation, which stands at `step`."""
+        first = self._ranks is None
+        self._ranks, self._generation = ranks, ranks.number
+        self._saved_step = min(self._saved_step, step)
+        self._wanted = False
+        self._timetable.dropped()
+        if first or ranks.restored:
+            self._timetable.reset(self._moment(step, tau))
+        if self._files is not None:
+            self._files.join(ranks)
+
+    def due(self, step: int, tau: float) -> bool:
+        """A save is to begin after this step. Only rank 0 is ever due."""
+        if self._files is None or self._ranks is None or self._ranks.rank or step <= self._saved_step:
             return False
-        steps = step - max(self._saved_step, 0)
-        by_steps = self._interval_steps is not None and steps >= self._interval_steps
-        by_time = self._interval_s is not None and time.monotonic() - self._saved_s >= self._interval_s
-        return by_steps or by_time
+        return self._wanted or self._timetable.due(self._moment(step, tau))
 
-    def save(self, state: Mapping[str, Any], *, step: int) -> None:
-        """Write a checkpoint of this step, unless there is one already. Raises Fenced for an old generation."""
-        if self._files is None or step == self._saved_step:
+    def start(self, state: Mapping[str, Any], *, step: int, tau: float) -> None:
+        """Begin a checkpoint of this step, unless there is one already. On all ranks."""
+        if self._files is None:
             return
-        started_s = time.monotonic()
-        self._raise_fence(self._files)
-        path = self._files.save(dict(state), step=step, generation=self._generation)
-        self._saved_s = time.monotonic()
-        self._saved_step = step
-        self._told(Saved(step, str(path), _size_bytes(path), self._saved_s - started_s))
+        self._poll(self._files)
+        if self._needed(step):
+            self._begin(self._files, state, step, tau, urgent=False)
 
-    def save_at_last(self, state: Mapping[str, Any], *, step: int) -> None:
+    def save(self, state: Mapping[str, Any], *, step: int, tau: float) -> None:
+        """Write a checkpoint of this step, unless there is one already, and wait for it. On all ranks.
+
+        Raises Fenced for an old generation, CheckpointFailed where it cannot be written.
+        """
+        files = self._files
+        if files is None:
+            return
+        files.wait(given_up=self._broken)
+        self._poll(files)
+        if not self._needed(step):
+            return
+        self._begin(files, state, step, tau, urgent=True)
+        files.wait(given_up=self._broken)
+        if self._ranks is not None and self._ranks.broken:
+            self._ranks.add_up([0])  # says how it broke
+        outcome = self._poll(files)
+        if isinstance(outcome, Failed):
+            raise CheckpointFailed(f"no checkpoint of step {step}: {outcome.reason}") from outcome.error
+
+    def save_at_last(self, state: Mapping[str, Any], *, step: int, tau: float) -> None:
         """Save although this is perhaps not rank 0: nobody else does."""
-        self._files = self._opened()
-        self.save(state, step=step)
+        if self._files is None:
+            return
+        self._files.abandon()
+        self._files.join(Alone())
+        self._ranks, self._saved_step = None, -1
+        self.save(state, step=step, tau=tau)
 
-    def _opened(self) -> Checkpointer | None:
-        if self._wanted is not None and not isinstance(self._wanted, Checkpointer):
-            self._wanted = Checkpointer(self._wanted)
-        return self._wanted
+    def poll(self, step: int, tau: float) -> None:
+        """Between two steps: hear how saves ended, and wait where too much work would depend on one that is running.
 
-    def _raise_fence(self, files: Checkpointer) -> None:
-        if self._fenced < self._generation:
-            files.fence(self._generation)
-            self._fenced = self._generation
+        Raises Fenced, Conflict, and CheckpointFailed where too many have failed.
+        """
+        if self._files is None:
+            return
+        self._poll(self._files)
+        first = self._ranks is None or self._ranks.rank == 0
+        if first and self._files.busy and self._timetable.must_wait(self._moment(step, tau)):
+            self._files.wait(given_up=self._broken)
+            self._poll(self._files)
 
+    def abandon(self) -> None:
+        """The generation broke: its save may lack the share of a rank that is gone."""
+        if self._files is not None:
+            self._files.abandon()
+            self._timetable.dropped()
+            self._saved_step = -1
 
-def _size_bytes(directory: Path) -> int:
-    return sum(entry.stat().st_size for entry in os.scandir(directory))
+    def close(self, *, failed: bool) -> None:
+        """The end: what is being written is finished first, unless this is an error's way out."""
+        if self._files is None:
+            return
+        if failed:
+            self._files.abandon()
+            self._files.wait(_AFTER_AN_ERROR_S)
+        else:
+            self._files.wait(given_up=self._broken)
+            self._poll(self._files)
+
+    def _needed(self, step: int) -> bool:
+        """Rank 0 knows whether this step is saved: it restored, and hears of every commit. All ranks ask it."""
+        needed = int(step != self._saved_step)
+        if self._ranks is None:
+            return bool(needed)
+        return bool(self._ranks.add_up([needed if self._ranks.rank == 0 else 0])[0])
+
+    def _begin(self, files: Checkpointer, state: Mapping[str, Any], step: int, tau: float, *, urgent: bool) -> None:
+        moment = self._moment(step, tau)
+        self._wanted = not files.begin(
+            state, step=step, generation=self._generation, tau=tau, fences=self._generation > 0, urgent=urgent
+        )
+        if not self._wanted:
+            self._saved_step = step
+            self._timetable.began(moment)
+
+    def _broken(self) -> bool:
+        return self._ranks is not None and self._ranks.broken
+
+    def _poll(self, files: Checkpointer) -> Saved | Failed | None:
+        try:
+            outcome = files.poll()
+        except (Fenced, Conflict):
+            self._timetable.failed()
+            raise
+        if isinstance(outcome, Saved):
+            self._timetable.committed(time.monotonic())
+            if self._ranks is None or self._ranks.rank == 0:
+                self._told(outcome)
+        elif isinstance(outcome, Failed):
+            self._timetable.failed()
+            self._saved_step = -1
+            self._warned(outcome)
+        return outcome
+
+    @staticmethod
+    def _moment(step: int, tau: float) -> Moment:
+        return Moment(time.monotonic(), step, tau)

@@ -28,6 +28,8 @@ from stretto.termination import TerminationWatch
 
 _log = logging.getLogger(__name__)
 
+_REASON_LIMIT = 1000  # characters of a failure's reason that the controller hears
+
 
 @dataclass(frozen=True, slots=True)
 class SessionSettings:
@@ -181,6 +183,16 @@ class Session:
         with self._lock:
             message = self._state.checkpoint(committed)
         self._stream.send(message, latest_of="checkpoint")
+
+    def checkpoint_failed(self, step: int, reason: str) -> None:
+        """Tell of a save that came to nothing."""
+        problem = types_pb2.CheckpointFailed(generation=self.generation, step=step, reason=reason[:_REASON_LIMIT])
+        self._stream.send(pb.TrainRequest(checkpoint_failed=problem), latest_of="checkpoint_failed")
+
+    def take_save_wish(self) -> bool:
+        """Whether the controller has asked for a checkpoint since the last time."""
+        wish, self._state.save_asked = self._state.save_asked, False
+        return wish
 
     def left(self, step: int) -> None:
         """Say that this worker left its generation after `step`, its state being saved."""

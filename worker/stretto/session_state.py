@@ -47,6 +47,8 @@ class SessionState:
         self.scale: float | None = None
         self.leave_reason: str | None = None
         self.fenced_reason: str | None = None
+        # The controller wants a checkpoint at the next step boundary.
+        self.save_asked = False
         # The controller ended the conversation for good.
         self.refused = False
         self.draining = False
@@ -92,6 +94,8 @@ class SessionState:
             self.scale = response.welcome.scale or None
         elif response.HasField("leave") and response.leave.generation == self.identity.generation:
             self.leave_reason = response.leave.reason or "the controller asked for it"
+        elif response.HasField("save") and response.save.generation == self.identity.generation:
+            self.save_asked = True
         elif response.HasField("fenced") and response.fenced.generation == self.identity.generation:
             self.fenced_reason = response.fenced.reason or "this generation is over"
 

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stretto.adascale import AdaScale
 from stretto.feed import MicroBatch, Share
+from stretto.mixed_precision import MixedPrecision
 from stretto.random_state import seed_step
 
 LossFunction = Callable[[torch.nn.Module, Any], Tensor]
@@ -35,13 +36,22 @@ class Stepper:
     """Takes steps at one world size; a new one for each."""
 
     def __init__(
-        self, model: torch.nn.Module, optimizer: AdaScale, loss_fn: LossFunction, share: Share, *, seed: int
+        self,
+        model: torch.nn.Module,
+        optimizer: AdaScale,
+        loss_fn: LossFunction,
+        share: Share,
+        *,
+        seed: int,
+        precision: MixedPrecision,
     ) -> None:
         self._model = model
         self._optimizer = optimizer
         self._loss_fn = loss_fn
         self._share = share
         self._seed = seed
+        self._precision = precision
+        self._device = next(model.parameters()).device
 
     def take(
         self,
@@ -59,14 +69,15 @@ class Stepper:
             seed_step(self._seed, number, self._share.rank, micro_batch)
             with self._synchronised(last=micro_batch == self._share.micro_batches):
                 optimizer.set_num_samples(part.samples, total=samples)
-                loss = self._loss_fn(self._model, batch)
-                (loss / self._share.micro_batches).backward()  # type: ignore[no-untyped-call]  # torch's own
+                with self._precision.casting(self._device):
+                    loss = self._loss_fn(self._model, batch)
+                self._precision.backward(loss / self._share.micro_batches)
             if part.samples:
                 losses.append(loss.detach() * part.samples)
         base_lr = tuple(float(group["lr"]) for group in optimizer.param_groups)
         skipped_before = optimizer.skipped_steps
         optimizer.set_agreement([*wishes(), float(sum(losses))])
-        optimizer.step()
+        self._precision.step(optimizer)
         *agreed, loss_sum = optimizer.agreed
         return Outcome(
             loss=loss_sum / samples,

@@ -17,6 +17,8 @@ from torch.utils.data import Dataset
 
 from stretto.adascale import AdaScale
 from stretto.checkpoint import Checkpointer
+from stretto.checkpoint.timetable import Interval
+from stretto.combining import Combining
 from stretto.errors import Fatal
 from stretto.feed import Feed, Share, StepPlan, check_dataset
 from stretto.live import Generation, GivenUp, LiveSession
@@ -26,9 +28,10 @@ from stretto.progress_report import StepFigures
 from stretto.rules import Rule
 from stretto.sample_log import SampleLog
 from stretto.sampler import ElasticSampler
-from stretto.saver import Saved, Saver
+from stretto.saver import Saver
+from stretto.schedule import LrAt
 from stretto.step import LossFunction, Outcome, Stepper
-from stretto.trainer_settings import TrainerSettings
+from stretto.trainer_settings import TrainerSettings, check_sizes
 from stretto.transfer import fingerprint
 from stretto.warm_up import warm_up
 from stretto.world import World, default_device
@@ -57,8 +60,8 @@ class ElasticTrainer:
     `optimizer`: any torch optimizer of the model's parameters; AdaScale goes around it. `dataset`: map-style.
     `loss_fn(model, batch) -> loss`: the mean over the batch's samples. `base_batch_size`: what the schedule was
     written for. `batch_size`: samples per worker and step, so that S follows the workers; at most so many per
-    micro-batch where `global_batch_size` is given, which fixes S. `scheduler`: of the optimizer; stepped once
-    per integer of tau. `checkpoint`: a Checkpointer, or where to make one.
+    micro-batch where `global_batch_size` is given, which fixes S. `scheduler`: of the optimizer, stepped once
+    per integer of tau; or a function of tau. `checkpoint`: a Checkpointer, or where to make one.
 
     Start the script with torchrun for several workers. With `--rdzv-backend=stretto` workers come and go: in
     in-process mode this process lives through it, and the most advanced worker gives its state to all; in restart
@@ -77,14 +80,14 @@ class ElasticTrainer:
         batch_size: int,
         target_tau: float,
         global_batch_size: int | None = None,
-        scheduler: LRScheduler | None = None,
+        scheduler: LRScheduler | LrAt | None = None,
         checkpoint: Checkpointer | str | os.PathLike[str] | None = None,
         rule: str | Rule = "adascale",
         settings: TrainerSettings | None = None,
     ) -> None:
         self._settings = settings or TrainerSettings()
         self._settings.validate()
-        _check_sizes(base_batch_size, batch_size, global_batch_size, target_tau)
+        check_sizes(base_batch_size, batch_size, global_batch_size, target_tau)
         self._sampler = ElasticSampler(check_dataset(dataset), seed=self._settings.seed, shuffle=self._settings.shuffle)
         self._dataset = dataset
         self._loss_fn = loss_fn
@@ -98,9 +101,13 @@ class ElasticTrainer:
         self._feed: Feed | None = None
         self._saver = Saver(
             checkpoint,
-            interval_s=self._settings.checkpoint_interval_s,
-            interval_steps=self._settings.checkpoint_interval_steps,
-            told=self._tell_of_checkpoint,
+            interval=Interval(
+                self._settings.checkpoint_interval_s,
+                self._settings.checkpoint_interval_steps,
+                self._settings.checkpoint_interval_tau,
+            ),
+            told=lambda saved: self._membership.checkpoint_committed(saved),
+            warned=lambda failed: self._membership.checkpoint_failed(failed),
         )
         self.device = _chosen_device(self._settings.device)
         spec = types_pb2.JobSpec(
@@ -114,13 +121,15 @@ class ElasticTrainer:
         )
         try:
             self.model = model.to(self.device)
+            self._combining = Combining(rule, optimizer, self._settings.adasum_mean_in_node)
             self._optimizer = AdaScale(
-                optimizer,
+                self._combining.optimizer,
                 self.model,
                 base_batch_size=base_batch_size,
                 batch_size=batch_size,
                 scheduler=scheduler,
                 rule=rule,
+                grad_scaler=self._settings.mixed_precision.grad_scaler,
                 settings=replace(self._settings.adascale, target_tau=self._target_tau),
             )
             if isinstance(self._membership, LiveSession) and self._settings.warm_up:
@@ -156,14 +165,14 @@ class ElasticTrainer:
         return self._sampler.epoch
 
     def save(self) -> None:
-        """Write a checkpoint of the latest step (rank 0; nothing where none was asked for).
+        """Write a checkpoint of the latest step; nothing where none was asked for. On all ranks at the same step.
 
-        In in-process mode at the end of the next step, when all ranks are known to have done it.
+        In in-process mode it begins at the end of the next step, when all ranks are known to have done it.
         """
         if isinstance(self._membership, LiveSession):
             self._membership.save_soon()
         else:
-            self._write_checkpoint()
+            self._save(wait=True)
 
     def __iter__(self) -> Iterator[StepReport]:
         """Train on from where the state stands; ends when the target is reached. Once per trainer.
@@ -175,13 +184,18 @@ class ElasticTrainer:
         if self._iterated:
             raise RuntimeError("this trainer was iterated over before; make a new one, it goes on from the checkpoint")
         self._iterated = True
+        failed = False
         try:
             while not (yield from self._live_through()):
                 self._enter()
         except GivenUp:
-            self._saver.save_at_last(self._state(), step=self._position.step)
+            self._saver.save_at_last(self._state(), step=self._position.step, tau=self.tau)
+            raise
+        except Exception:
+            failed = True
             raise
         finally:
+            self._saver.close(failed=failed)
             self._membership.close()
             self._close_feed()
             self._close_log()
@@ -201,7 +215,9 @@ class ElasticTrainer:
     def _join(self, world: World | Generation) -> None:
         """Hold the generation's state, and be ready for its first step."""
         state = self._state()
+        self._combining.before_synchronise()
         step = world.synchronise(state, restore=lambda: self._saver.restore(state, world.number))
+        self._combining.after_synchronise(world, self.device)
         if step:
             _log.info("going on after step %d, tau %.1f", step, self.tau)
         self._share = share = Share(
@@ -216,18 +232,20 @@ class ElasticTrainer:
             ddp=self._settings.ddp,
             batch_size=-(-share.size // (share.world_size * share.micro_batches)),
             accumulation_steps=share.micro_batches,
+            **self._combining.options(),
         )
         self._verify(world, state)
-        self._saver.begin(world.number, first=world.rank == 0, step=step)
+        self._saver.begin(world, step=step, tau=self.tau)
         self._begin_log()
-        self._stepper = Stepper(wrapped, self._optimizer, self._loss_fn, share, seed=self._position.seed)
+        seed, precision = self._position.seed, self._settings.mixed_precision
+        self._stepper = Stepper(wrapped, self._optimizer, self._loss_fn, share, seed=seed, precision=precision)
 
     def _verify(self, world: World | Generation, state: dict[str, Any]) -> None:
         """Raise Fatal unless all ranks hold the same state, bit by bit."""
         if not (self._settings.verify and isinstance(world, Generation)):
             return
         # Each rank's buffers may come from its own samples; rank 0's count.
-        bits = {name: value.state_dict() for name, value in state.items() if name != "model"}
+        bits = self._combining.shared(state)
         bits["model"] = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         if not world.check_equal(fingerprint(bits)):
             raise Fatal(
@@ -237,22 +255,25 @@ class ElasticTrainer:
 
     def _live_through(self) -> Generator[StepReport, None, bool]:
         """Train in the present generation; whether the target is reached. False: another generation follows."""
-        finished = False
+        finished = left = False
         with self._world as world:
             while self.tau < self._target_tau:
                 yield self._train_step(world)
                 self._check_scale()
                 if world.saving:
                     world.commit()
-                    self._write_checkpoint()
+                    self._save(wait=world.leaving)
                 if world.leaving and self.tau < self._target_tau:
+                    left = True
                     world.leave()
                     break
             else:
                 world.commit()
-                self._write_checkpoint()
+                self._save(wait=True)
                 world.finish(self.tau)
                 finished = True
+        if not (finished or left):
+            self._saver.abandon()
         return finished
 
     def _train_step(self, world: World | Generation) -> StepReport:
@@ -266,12 +287,12 @@ class ElasticTrainer:
                 options=self._settings.dataloader,
                 device=self.device,
             )
-        stepper = self._stepper
-        assert stepper is not None, "steps are taken in a generation"
+        assert self._stepper is not None, "steps are taken in a generation"
         plan, batches = self._feed.next_step()
-        due = self._saver.due(self._position.step + 1)
+        self._saver.poll(self._position.step, self.tau)
+        due = self._saver.due(self._position.step + 1, self.tau)
         with world.guarded():
-            outcome = stepper.take(
+            outcome = self._stepper.take(
                 self._position.step, len(plan.indices), batches, lambda: _with_save(world.wishes(), due)
             )
         self._count_skipped(outcome.skipped)
@@ -316,6 +337,7 @@ class ElasticTrainer:
             samples=report.samples,
             epoch=plan.epoch,
             step_s=outcome.step_s,
+            orthogonality=self._combining.orthogonality(),
         )
 
     def _check_scale(self) -> None:
@@ -334,14 +356,16 @@ class ElasticTrainer:
             "optimizer": self._optimizer,
             "sampler": self._sampler,
             "training": self._position,
-            **self._settings.extra_state,
+            **self._combining.state(),
+            **self._settings.named_state(),
         }
 
-    def _write_checkpoint(self) -> None:
-        self._saver.save(self._state(), step=self._position.step)
-
-    def _tell_of_checkpoint(self, saved: Saved) -> None:
-        self._membership.checkpoint_committed(self._world.number, saved, self.tau)
+    def _save(self, *, wait: bool) -> None:
+        """Begin a checkpoint of the latest step, and perhaps wait for it. On all ranks."""
+        self._combining.gather()
+        save = self._saver.save if wait else self._saver.start
+        save(self._state(), step=self._position.step, tau=self.tau)
+        self._combining.written()
 
     def _begin_log(self) -> None:
         """Rank 0 keeps the record of samples, where one is asked for."""
@@ -387,12 +411,3 @@ def _chosen_device(name: str | None) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
-
-
-def _check_sizes(base_batch_size: int, batch_size: int, global_batch_size: int | None, target_tau: float) -> None:
-    sizes = {"base_batch_size": base_batch_size, "batch_size": batch_size, "global_batch_size": global_batch_size}
-    for name, value in sizes.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} is {value!r}; allowed: whole numbers from 1")
-    if not (math.isfinite(target_tau) and target_tau > 0):
-        raise ValueError(f"target_tau is {target_tau!r}; allowed: a finite number above 0, in iterations at S = 1")

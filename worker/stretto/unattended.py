@@ -43,6 +43,13 @@ class Unattended:
     ) -> None:
         """Nobody asks."""
 
+    def checkpoint_failed(self, step: int, reason: str) -> None:
+        """Nobody asks."""
+
+    def take_save_wish(self) -> bool:
+        """Nobody asks."""
+        return False
+
     def left(self, step: int) -> None:
         """Nobody asks."""
 

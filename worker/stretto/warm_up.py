@@ -38,7 +38,9 @@ def warm_up(
     kept = [buffer.detach().clone() for buffer in model.buffers()]
     try:
         for _, batch in feed.next_step()[1]:
-            loss_fn(model, batch).backward()  # type: ignore[no-untyped-call]  # torch's own
+            with settings.mixed_precision.casting(device):
+                loss = loss_fn(model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's own
     finally:
         feed.close()
         model.zero_grad(set_to_none=True)

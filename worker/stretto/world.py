@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from stretto.adascale import AdaScale
+from stretto.checkpoint.peers import present_peers
 from stretto.process import end_quickly_after
 from stretto.progress_report import StepFigures
 from stretto.session import Session
@@ -44,6 +45,8 @@ class World:
         self._device = device
         self._on_commit = on_commit
         self.leaving = self.saving = False
+        # A failure ends the process.
+        self.broken = False
         # It began with a checkpoint, or from nothing.
         self.restored = True
         launched = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
@@ -64,6 +67,15 @@ class World:
     @property
     def scale(self) -> float | None:
         return self._session.scale
+
+    @property
+    def members(self) -> tuple[tuple[str, int], ...]:
+        """Of each rank, by rank: its node, as torchrun numbers them, and its number there. All ranks ask together."""
+        own = (f"{int(os.environ.get('GROUP_RANK', 0)):08d}", int(os.environ.get("LOCAL_RANK", self.rank)))
+        found: list[Any] = [own] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, own)
+        return tuple(found)
 
     def __enter__(self) -> World:
         return self
@@ -114,7 +126,8 @@ class World:
         """What this rank wants after the step under way: to leave, to save."""
         session = self._session
         leave = session.leave_requested
-        return [float(leave), float(leave or (session.draining and not session.connected))]
+        alone = session.draining and not session.connected
+        return [float(leave), float(session.take_save_wish() or leave or alone)]
 
     def stepped(self, agreed: Sequence[float], figures: StepFigures) -> None:
         """Count a step: a failure ends every process of this world, and what it had not saved."""
@@ -127,6 +140,10 @@ class World:
             raise session.error
         if session.fenced is not None:
             session.wait_until_stopped()
+
+    def add_up(self, numbers: Sequence[int]) -> list[int]:
+        """The sums over the ranks of what each gives."""
+        return present_peers().add_up(numbers)
 
     def commit(self) -> None:
         """Every step counts as it is done."""

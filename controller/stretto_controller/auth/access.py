@@ -42,7 +42,9 @@ RPCS: dict[str, Access] = {
     "/stretto.v1.Jobs/GetJob": Access.SEE_JOB,
     "/stretto.v1.Jobs/ListEvents": Access.SEE_JOB,
     "/stretto.v1.Jobs/ListGenerations": Access.SEE_JOB,
+    "/stretto.v1.Jobs/ListPoints": Access.SEE_JOB,
     "/stretto.v1.Jobs/CreateJob": Access.CHANGE_JOB,
+    "/stretto.v1.Jobs/CheckpointJob": Access.CHANGE_JOB,
     "/stretto.v1.Jobs/ScaleJob": Access.CHANGE_JOB,
     "/stretto.v1.Jobs/PauseJob": Access.CHANGE_JOB,
     "/stretto.v1.Jobs/ResumeJob": Access.CHANGE_JOB,
@@ -54,8 +56,10 @@ RPCS: dict[str, Access] = {
 }
 
 ROUTES: dict[tuple[str, str], Access] = {
-    # The page itself; what it shows comes from the API.
-    ("GET", "/"): Access.OPEN,
+    # A browser that is asked for a token here sends it with what the page asks the API for.
+    ("GET", "/"): Access.KNOWN,
+    ("GET", "/static/{name}"): Access.OPEN,
+    ("GET", "/api/v1/watch"): Access.SEE_ALL,
     ("GET", "/docs"): Access.OPEN,
     ("GET", "/docs/oauth2-redirect"): Access.OPEN,
     ("GET", "/redoc"): Access.OPEN,

@@ -97,6 +97,15 @@ class AskToLeave:
 
 
 @dataclass(frozen=True, slots=True)
+class AskToSave:
+    """Ask the worker on this stream to have a checkpoint written at the next step boundary, and to go on."""
+
+    session_id: str
+    generation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class FenceWorker:
     session_id: str
     generation: int
@@ -167,6 +176,7 @@ Action = (
     | FinishGeneration
     | WelcomeWorker
     | AskToLeave
+    | AskToSave
     | FenceWorker
     | CloseSession
     | LogEvent

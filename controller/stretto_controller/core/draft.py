@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from stretto_controller.core.actions import Action, Decision, LogEvent
+from stretto_controller.core.actions import Action, Decision, Dismiss, LogEvent
 from stretto_controller.core.limits import Limits
-from stretto_controller.core.model import JobState, Live, Node, NodeState, Phase, Ready, Record, Session
+from stretto_controller.core.model import Farewell, JobState, Live, Node, NodeState, Phase, Ready, Record, Session
 
 # Lost nodes stay visible until so many newer ones are lost.
 LOST_KEPT = 8
+# Agents that were sent home are known until so many others have been.
+DISMISSED_KEPT = 64
 
 
 class Draft:
@@ -36,6 +38,12 @@ class Draft:
 
     def act(self, action: Action) -> None:
         self.actions.append(action)
+
+    def dismiss(self, node_id: str, *, success: bool, reason: str) -> None:
+        """Send a known node's agent home for good: should it miss the word, it is told again when it comes back."""
+        dismissed = {**self.record.dismissed, self.record.nodes[node_id].key_hash: Farewell(node_id, success, reason)}
+        self.update(dismissed=dict(list(dismissed.items())[-DISMISSED_KEPT:]))
+        self.act(Dismiss(node_id, success, reason))
 
     def log(self, kind: str, reason: str, *, node_id: str = "") -> None:
         """Tell the job's story; the latest line is also the decision's reason."""

@@ -141,6 +141,16 @@ class CheckpointCommitted:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointFailed:
+    """A save came to nothing; the checkpoint before it is as it was."""
+
+    session_id: str
+    generation: int
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ScaleRequested:
     nodes: int
 
@@ -158,6 +168,11 @@ class ResumeRequested:
 @dataclass(frozen=True, slots=True)
 class DrainRequested:
     node_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRequested:
+    """The workers are to write a checkpoint at the next step boundary, and to go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,10 +207,12 @@ Event = (
     | WorkerFinished
     | WorkerDraining
     | CheckpointCommitted
+    | CheckpointFailed
     | ScaleRequested
     | PauseRequested
     | ResumeRequested
     | DrainRequested
+    | CheckpointRequested
     | DeleteRequested
     | Recovered
     | Tick

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stretto_controller.core import liveness, membership, pace, readiness
-from stretto_controller.core.actions import Dismiss, StopWorkers
+from stretto_controller.core.actions import StopWorkers
 from stretto_controller.core.draft import Draft
 from stretto_controller.core.model import JobState, Node, NodeState, WorkerSession
 
@@ -31,7 +31,7 @@ def lose_the_silent(draft: Draft) -> None:
             # It has done its part; nobody waits for it.
             if draft.record.in_process and draft.connected(node.node_id):
                 # Its workers ended, or hang; its agent would wait for them.
-                draft.act(Dismiss(node.node_id, success=True, reason="the others have reached the target"))
+                draft.dismiss(node.node_id, success=True, reason="the others have reached the target")
             draft.change(node.node_id, succeeded=True, state=NodeState.LOST)
         elif draft.record.in_process and liveness.is_heard(draft, node.node_id):
             _end_workers(draft, node, f"workers of {node.node_id} are lost: they did not answer")
@@ -56,8 +56,16 @@ def end_the_hung(draft: Draft) -> None:
         _end(draft, node, reason)
     for worker in list(draft.live.workers.values()):
         if pace.stuck_s(worker, draft.limits) <= draft.now_s and worker.session_id in draft.live.workers:
-            reason = f"{_named(worker)} hangs: it has not left generation {worker.generation}"
+            reason = f"{_named(worker)} hangs: it was told that its generation is over, and has not left it"
             _end(draft, draft.record.nodes[worker.node_id], reason)
+    for node in draft.present():
+        if liveness.idle_lost_at_s(draft.record, draft.live, node, draft.limits) <= draft.now_s:
+            _end_workers(draft, node, f"workers of {node.node_id} hang: they wait for their places, and say nothing")
+    ended_s = pace.unended_s(JobState(draft.record, draft.live), draft.limits)
+    if ended_s is not None and ended_s <= draft.now_s:
+        for node in draft.members():
+            if not node.succeeded and readiness.is_running(draft, node):
+                _end(draft, node, f"workers of {node.node_id} hang: the target is reached, and they do not end")
 
 
 def _end(draft: Draft, node: Node, reason: str) -> None:
@@ -75,12 +83,13 @@ def leave_behind(draft: Draft, node: Node) -> None:
         membership.part(draft, node)
         return
     reason = f"{node.node_id} is lost: its workers did not stop in time"
-    draft.act(Dismiss(node.node_id, success=False, reason=reason))
+    draft.dismiss(node.node_id, success=False, reason=reason)
     membership.go(draft, node, reason, kind="node_lost")
 
 
 def _named(worker: WorkerSession) -> str:
-    return f"rank {worker.rank} on {worker.node_id}"
+    which = f"rank {worker.rank}" if worker.rank >= 0 else f"worker {worker.local_rank}"
+    return f"{which} on {worker.node_id}"
 
 
 def _end_workers(draft: Draft, node: Node, reason: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stretto_controller.core import membership, readiness, rendezvous
-from stretto_controller.core.actions import CloseSession, Dismiss, SaveAndExit
+from stretto_controller.core.actions import CloseSession, SaveAndExit
 from stretto_controller.core.draft import Draft
 from stretto_controller.core.model import Node, NodeState, Phase, Version, WorkerSession
 
@@ -41,7 +41,7 @@ def release_the_drained(draft: Draft) -> None:
         if draft.record.in_process and _keep_for_saving(draft, node):
             continue
         if node.drain_requested or not draft.record.in_process:
-            draft.act(Dismiss(node.node_id, success=True, reason="drained"))
+            draft.dismiss(node.node_id, success=True, reason="drained")
             membership.go(draft, node, f"{node.node_id} drained", kind="node_drained")
         else:
             # Its workers had SIGTERM, and may go now. Whether the node goes, too, only its agent knows: perhaps one of
@@ -52,6 +52,34 @@ def release_the_drained(draft: Draft) -> None:
 def one_saves(draft: Draft) -> bool:
     """The last who holds the newest state writes it and exits; who comes after it starts from there."""
     return any(w.left and readiness.speaks(draft, node) for node in draft.present() for w in _holding(draft, node))
+
+
+def awaited(draft: Draft, nodes: Sequence[Node]) -> Node | None:
+    """Who keeps the newest state and cannot take part yet, where these nodes would begin from a checkpoint without it.
+
+    It has come back by halves: a worker of it, or its agent, has yet to call. It has `late_limit_s` for that.
+    """
+    newest = max(draft.record.lineage, Version(0, 1))
+    if not draft.record.in_process or any(readiness.version(draft, n) >= newest for n in nodes):
+        return None
+    able = {n.node_id for n in rendezvous.waiting_nodes(draft)}
+    # Who is kept apart from the others could take part, but not with them.
+    away = [n for n in holders(draft) if n.node_id not in able]
+    # Who drains may be the last that has it, and is to say so first.
+    away += [n for n in draft.members() if n.state is NodeState.DRAINING and readiness.is_running(draft, n)]
+    keeping = next(iter(away), None)
+    if keeping is None:
+        return None
+    if draft.live.holder_until_s is None:
+        draft.set_live(holder_until_s=draft.now_s + draft.limits.late_limit_s)
+    until_s = draft.live.holder_until_s
+    return keeping if until_s is not None and draft.now_s < until_s else None
+
+
+def kept_by_failure(draft: Draft) -> bool:
+    """Who keeps the newest state lost its peers, rather than leaving with them, and no checkpoint has that state."""
+    keeping = [worker for node in holders(draft) for worker in _holding(draft, node)]
+    return any(w.ready is not None and w.ready.failed and not _is_saved(draft, w) for w in keeping)
 
 
 def _holding(draft: Draft, node: Node) -> list[WorkerSession]:

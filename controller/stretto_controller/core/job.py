@@ -39,7 +39,14 @@ def step(name: str, state: JobState | None, event: ev.Event, *, now_s: float, li
 
 
 # Signs of life are frequent, and by themselves change nothing; what they prevent, `next_wake_s` knows.
-_WITHOUT_CONSEQUENCE = (ev.NodeHeartbeat, ev.WorkerAlive, ev.WorkerProgressed, ev.DeleteRequested)
+_WITHOUT_CONSEQUENCE = (
+    ev.NodeHeartbeat,
+    ev.WorkerAlive,
+    ev.WorkerProgressed,
+    ev.CheckpointFailed,
+    ev.CheckpointRequested,
+    ev.DeleteRequested,
+)
 
 
 def next_wake_s(state: JobState, limits: Limits) -> float | None:
@@ -53,6 +60,7 @@ def next_wake_s(state: JobState, limits: Limits) -> float | None:
         live.settle_until_s,
         live.change_limit_s,
         live.waiting_until_s,
+        live.holder_until_s,
     ]
     return min((t for t in times if t is not None), default=None)
 
@@ -175,10 +183,12 @@ _FACTS: Mapping[type, Callable[[Draft, Any], None]] = {
     ev.WorkerFinished: workers.finished,
     ev.WorkerDraining: workers.draining,
     ev.CheckpointCommitted: workers.checkpointed,
+    ev.CheckpointFailed: workers.checkpoint_failed,
     ev.ScaleRequested: _scale_requested,
     ev.PauseRequested: _pause,
     ev.ResumeRequested: _resume,
     ev.DrainRequested: _drain,
+    ev.CheckpointRequested: workers.checkpoint_requested,
     ev.DeleteRequested: _delete,
     ev.Recovered: _recovered,
     ev.Tick: _tick,

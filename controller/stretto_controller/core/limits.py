@@ -41,6 +41,8 @@ class Limits:
     # Live workers that others wait for this long are ended by their agent, and start anew. It must be longer than the
     # longest thing that one rank does alone, an evaluation or a compilation.
     hang_limit_s: float = 600.0
+    # Live workers have this long to end once the target is reached, the last checkpoint included; then they are ended.
+    end_limit_s: float = 1800.0
     # Workers have this long to leave at a step boundary and save (or slow_factor steps, if that is longer); then they
     # are stopped, or cut, all the same.
     leave_limit_s: float = 20.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from stretto_controller.core.draft import Draft
@@ -46,7 +47,24 @@ def lost_at_s(record: Record, live: Live, node: Node, limits: Limits) -> float |
         return broken_s
     workers_s = _silent_s(record, live, node, workers, limits)
     # Its agent sees processes end, and says how. Until it does, a closed stream is a blip, or a worker that is done.
-    return workers_s if workers.closed_s is None else max(workers_s, agent_s)
+    if workers.closed_s is None:
+        return workers_s
+    # One that stays away for very long, where no steps show that it trains, is stopped, or hangs.
+    since_s = max(workers.closed_s, live.step_advanced_s or 0.0)
+    return min(max(workers_s, agent_s), since_s + limits.hang_limit_s)
+
+
+def idle_lost_at_s(record: Record, live: Live, node: Node, limits: Limits) -> float:
+    """When live workers that wait for their places count as hung: silent for that long, while their agent is well.
+
+    Those that never spoke may take long to load; nobody but a person knows.
+    """
+    waits = node.state in (NodeState.JOINING, NodeState.SPARE) and not node.ending
+    agent = live.sessions.get(node.node_id)
+    own = live.workers.of(node.node_id)
+    if not record.in_process or not waits or not own or agent is None or agent.closed_s is not None:
+        return math.inf
+    return min(w.heard_s for w in own) + limits.hang_limit_s
 
 
 def _silent_s(record: Record, live: Live, node: Node, signs: _Signs, limits: Limits) -> float:
@@ -110,8 +128,10 @@ def _vouched_by_steps(record: Record, live: Live, node: Node) -> bool:
 
 def next_loss_s(state: JobState, limits: Limits) -> float | None:
     """When the first node would be judged lost."""
-    dues = (lost_at_s(state.record, state.live, node, limits) for node in state.record.nodes.values())
-    return min((due for due in dues if due is not None), default=None)
+    record, live = state.record, state.live
+    dues = [lost_at_s(record, live, node, limits) for node in record.nodes.values()]
+    dues += [idle_lost_at_s(record, live, node, limits) for node in record.nodes.values()]
+    return min((due for due in dues if due is not None and due < math.inf), default=None)
 
 
 def judge(draft: Draft) -> list[Node]:

@@ -22,6 +22,10 @@ from stretto_controller.core.model import Node, NodeState, Phase, Ready, Session
 def hello(draft: Draft, event: ev.NodeHello) -> None:
     """A node opens a stream. Raises Rejected when it may not be a node of this job."""
     _check(draft, event)
+    farewell = draft.record.dismissed.get(event.key_hash)
+    if farewell is not None:
+        draft.act(Dismiss(event.node_id, farewell.success, farewell.reason))
+        return
     known = draft.record.nodes.get(event.node_id)
     if known is not None and known.key_hash != event.key_hash:
         known = _replace_claimed(draft, known)
@@ -165,7 +169,7 @@ def _start_workers(draft: Draft, node: Node, ready: Ready) -> None:
         draft.log("workers_failed", f"workers of {node.node_id} failed{how}", node_id=node.node_id)
     if ready.failed and ready.restarts_left == 0:
         reason = "its workers failed and no restarts are left"
-        draft.act(Dismiss(node.node_id, success=False, reason=reason))
+        draft.dismiss(node.node_id, success=False, reason=reason)
         go(draft, node, f"{node.node_id}: {reason}", kind="node_failed")
         draft.set_live(gave_up=not draft.present())
         return
@@ -179,7 +183,7 @@ def part_from_workers(draft: Draft, node: Node) -> None:
     One that was to drain has nothing left to drain: it goes.
     """
     if node.state is NodeState.DRAINING and node.drain_requested:
-        draft.act(Dismiss(node.node_id, success=True, reason="drained"))
+        draft.dismiss(node.node_id, success=True, reason="drained")
         go(draft, node, f"{node.node_id} drained", kind="node_drained")
         return
     for worker in readiness.workers_of(draft, node.node_id):
@@ -226,10 +230,11 @@ def _succeeded_in_process(draft: Draft, node: Node) -> None:
     """Live workers end well when the target is reached, or because their node goes while the others train on."""
     if node.state is NodeState.ACTIVE or (node.state is NodeState.DRAINING and draft.record.target_reached):
         draft.update(target_reached=True)
+        draft.set_live(target_s=draft.now_s if draft.live.target_s is None else draft.live.target_s)
         draft.change(node.node_id, succeeded=True)
         draft.log("node_succeeded", f"workers of {node.node_id} ended well", node_id=node.node_id)
     else:
-        draft.act(Dismiss(node.node_id, success=True, reason="its workers have ended"))
+        draft.dismiss(node.node_id, success=True, reason="its workers have ended")
         go(draft, node, f"{node.node_id} drained: its workers have ended well", kind="node_drained")
 
 

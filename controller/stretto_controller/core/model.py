@@ -243,6 +243,15 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class Farewell:
+    """What an agent that was sent home was told."""
+
+    node_id: str
+    success: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """The durable part of a job."""
 
@@ -263,6 +272,8 @@ class Record:
     checkpoint: Checkpoint | None = None
     # In-process mode: no state older than this may be given to others; training went on beyond it.
     lineage: Version = Version()
+    # By their keys' hashes, agents that were sent home while the job goes on: the word may be lost with their streams.
+    dismissed: Mapping[str, Farewell] = field(default_factory=dict)
 
     @property
     def in_process(self) -> bool:
@@ -347,10 +358,14 @@ class Live:
     cause: Cause | None = None
     # WAITING: when the survivors give up.
     waiting_until_s: float | None = None
+    # Until then a node that keeps the newest state, but cannot take part yet, is waited for.
+    holder_until_s: float | None = None
     # Pairs of nodes that could not reach each other.
     apart: Mapping[frozenset[str], Apart] = field(default_factory=dict)
     # Nobody is judged by silence before this.
     grace_until_s: float | None = None
+    # When the target was reached, as far as this controller saw it.
+    target_s: float | None = None
     # When this controller began to watch the job.
     watched_s: float = 0.0
     ticked_s: float | None = None

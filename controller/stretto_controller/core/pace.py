@@ -50,10 +50,19 @@ def stuck_s(worker: WorkerSession, limits: Limits) -> float:
     return math.inf if worker.cut_s is None or worker.closed else worker.cut_s + limits.hang_limit_s
 
 
+def unended_s(state: JobState, limits: Limits) -> float | None:
+    """When live workers that have not ended, though the target is reached, count as hung; None: it is not reached."""
+    live, record = state.live, state.record
+    if not record.in_process or not record.target_reached or record.phase.finished:
+        return None
+    return max(live.watched_s, live.target_s or 0.0) + limits.end_limit_s
+
+
 def next_s(state: JobState, limits: Limits) -> float | None:
     """When time alone next makes someone slow, or hung."""
     times = [time_s for lag in lags(state, limits) for time_s in (lag.slow_s, lag.hung_s) if time_s is not None]
     times += [stuck_s(worker, limits) for worker in state.live.workers.values() if worker.cut_s is not None]
+    times += [ended_s] if (ended_s := unended_s(state, limits)) is not None else []
     return min(times, default=None)
 
 
@@ -108,7 +117,9 @@ def _lag(worker: WorkerSession, witness: WorkerSession, step: int, limits: Limit
     slow_after_s = max(limits.slow_factor * median_s, limits.slow_least_s)
     fresh_until_s = witness.paced_s + late_after_s
     slow_s = max(since_s + slow_after_s, known_s)
-    hung_s = max(since_s + max(limits.hang_limit_s, slow_after_s), known_s)
+    # Before its first beat on a new stream nothing is known of it: to be ended for that takes more than a late beat.
+    silent_s = worker.paced_s if behind else worker.paced_s + limits.missed_heartbeats * limits.heartbeat_interval_s
+    hung_s = max(since_s + max(limits.hang_limit_s, slow_after_s), silent_s)
     said = worker.slow_step == step or median_s == 0
     return Lag(
         worker,

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from stretto_controller.core.draft import Draft
 from stretto_controller.core.model import Apart, Node
 
 
-def keep_apart(draft: Draft, nodes: Sequence[Node]) -> list[Node]:
-    """The nodes that can all reach each other, as far as they said: who is complained of most goes first."""
+def keep_apart(draft: Draft, nodes: Sequence[Node], holding: Collection[str]) -> list[Node]:
+    """The nodes that can all reach each other, as far as they said: who is complained of most goes first.
+
+    holding: ids of those that keep the newest state; of two equals they go last.
+    """
     pairs = [pair for pair, apart in draft.live.apart.items() if apart.until_s > draft.now_s]
     kept = list(nodes)
     while True:
         ids = {n.node_id for n in kept}
         complaints = {n.node_id: sum(n.node_id in pair and pair <= ids for pair in pairs) for n in kept}
-        worst = max(kept, key=lambda n: (complaints[n.node_id], kept.index(n)), default=None)
+        rank = {n.node_id: (complaints[n.node_id], n.node_id not in holding, i) for i, n in enumerate(kept)}
+        worst = max(kept, key=lambda n: rank[n.node_id], default=None)
         if worst is None or complaints[worst.node_id] == 0:
             return kept
         kept.remove(worst)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from stretto_controller.core import partition
-from stretto_controller.core.actions import AskToLeave, AssignWorker, CutGeneration, StopWorkers
+from stretto_controller.core.actions import AskToLeave, AskToSave, AssignWorker, CutGeneration, StopWorkers
 from stretto_controller.core.draft import Draft
 from stretto_controller.core.model import Generation, Node, NodeState, Phase, Version, WorkerSession
 from stretto_controller.core.report import NO_PACE
@@ -77,6 +77,16 @@ def ask_to_leave(draft: Draft, reason: str, *, save: bool) -> bool:
     for worker in workers:
         draft.act(AskToLeave(worker.session_id, generation.number, reason, save))
     return bool(workers)
+
+
+def ask_to_save(draft: Draft, reason: str) -> bool:
+    """Ask the generation's rank 0 for a checkpoint. False if it cannot be asked."""
+    generation = draft.record.generation
+    for worker in draft.live.workers.values():
+        if generation and worker.generation == generation.number and worker.rank == 0 and not worker.closed:
+            draft.act(AskToSave(worker.session_id, generation.number, reason))
+            return True
+    return False
 
 
 def stop_members(draft: Draft, reason: str) -> None:

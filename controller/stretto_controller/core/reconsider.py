@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from stretto_controller.core import eviction, holders, partition, readiness, rendezvous
+from stretto_controller.core import eviction, holders, readiness, rendezvous
 from stretto_controller.core.draft import Draft
 from stretto_controller.core.model import FINISHED, Cause, Change, Node, NodeState, Phase
 from stretto_controller.core.roster import Roster
@@ -37,7 +37,7 @@ def _gathering(draft: Draft) -> None:
         return
     if _nobody_can_come_back(draft):
         return
-    waiting = partition.keep_apart(draft, rendezvous.waiting_nodes(draft))
+    waiting = rendezvous.together(draft, rendezvous.waiting_nodes(draft))
     if len(waiting) < record.spec.min_nodes:
         draft.set_live(settle_until_s=None, settle_limit_s=None)
         if holders.holders(draft):
@@ -50,6 +50,9 @@ def _gathering(draft: Draft) -> None:
     cause = Cause.RESUME if record.phase is Phase.PAUSED else Cause.START
     if len(waiting) >= record.wanted_nodes or record.phase is Phase.PAUSED or _settled(draft, waiting):
         nodes = rendezvous.with_the_state(draft, waiting)
+        if (holder := holders.awaited(draft, nodes)) is not None:
+            draft.enter(Phase.FORMING, f"{holder.node_id} keeps the newest state, and cannot take part yet")
+            return
         verb = "resumed" if cause is Cause.RESUME else "started"
         rendezvous.form(draft, nodes, cause, f"{verb} with {_nodes(len(nodes))}")
     else:
@@ -155,10 +158,13 @@ def _why(draft: Draft, current: Sequence[str], chosen: Sequence[str]) -> tuple[C
         return Cause.PAUSE, "paused"
     draining = [n.node_id for n in draft.members() if n.state is NodeState.DRAINING]
     if draining:
-        return Cause.DRAIN, f"{_list(draining)} drains"
+        return Cause.DRAIN, f"{_list(draining)} {'drains' if len(draining) == 1 else 'drain'}"
     joining = [node_id for node_id in chosen if node_id not in current]
     if joining:
-        return Cause.GROW, f"{_list(joining)} joins: {_nodes(len(current))} -> {len(chosen)}"
+        return (
+            Cause.GROW,
+            f"{_list(joining)} {'joins' if len(joining) == 1 else 'join'}: {_nodes(len(current))} -> {len(chosen)}",
+        )
     return Cause.SHRINK, f"{_nodes(draft.record.wanted_nodes)} wanted: {len(current)} -> {len(chosen)}"
 
 
@@ -186,8 +192,13 @@ def _reconfiguring(draft: Draft) -> None:
         return
     guilty = rendezvous.at_fault(draft)
     exhausted = rendezvous.dismiss_exhausted(draft, guilty)
-    nodes = [n for n in rendezvous.choose(draft) if readiness.is_ready(draft, n) and _reachable(draft, n)]
+    # A pause is of a state that is saved: where it came upon a failure, a generation begins in order to save it.
+    chosen = rendezvous.choose(draft, though_paused=holders.kept_by_failure(draft))
+    nodes = [n for n in chosen if readiness.is_ready(draft, n) and _reachable(draft, n)]
     if nodes and len(nodes) >= draft.record.spec.min_nodes:
+        if holders.awaited(draft, nodes) is not None:
+            draft.set_live(change_limit_s=None)
+            return
         change = draft.record.change or change
         cause, reason = change.cause, change.reason
         if change.gone and not change.planned:
@@ -232,7 +243,8 @@ def _waiting(draft: Draft) -> None:
         draft.set_live(waiting_until_s=None)
         _gathering(draft)
     elif len(nodes) >= draft.record.spec.min_nodes:
-        rendezvous.form(draft, nodes, Cause.GROW, f"training goes on with {_nodes(len(nodes))}")
+        if holders.awaited(draft, nodes) is None:
+            rendezvous.form(draft, nodes, Cause.GROW, f"training goes on with {_nodes(len(nodes))}")
     elif live.waiting_until_s is not None and draft.now_s >= live.waiting_until_s:
         holders.give_up(draft)
     elif holding:

@@ -54,9 +54,9 @@ def assign_ranks(draft: Draft, nodes: Sequence[Node], reason: str) -> Generation
         first_rank += node.slots
     source_rank, in_step = choose_source(draft, workers)
     scale = draft.record.spec.scale(first_rank)
-    return Generation(
-        draft.record.next_generation, tuple(members), scale, reason, _known_tau(draft), source_rank, in_step
-    )
+    # What a checkpoint does not have is done again.
+    first_tau = _known_tau(draft) if source_rank >= 0 else _saved_tau(draft)
+    return Generation(draft.record.next_generation, tuple(members), scale, reason, first_tau, source_rank, in_step)
 
 
 def choose_source(draft: Draft, workers: Sequence[WorkerSession]) -> tuple[int, bool]:
@@ -72,17 +72,26 @@ def choose_source(draft: Draft, workers: Sequence[WorkerSession]) -> tuple[int, 
     return versions.index(newest), all(version == newest for version in versions)
 
 
-def choose(draft: Draft) -> list[Node]:
+def choose(draft: Draft, *, though_paused: bool = False) -> list[Node]:
     """Who should be in the next generation: members first, by rank, then waiting nodes as they came.
 
     Members keep their order, so ranks are as stable as they can be; what is beyond the wanted number waits.
     """
-    if draft.record.paused:
+    if draft.record.paused and not though_paused:
         return []
     staying = [n for n in draft.members() if n.state is NodeState.ACTIVE and not n.succeeded]
     known = {n.node_id for n in draft.members()}
     waiting = [n for n in waiting_nodes(draft) if n.node_id not in known]
-    return with_the_state(draft, partition.keep_apart(draft, staying + waiting))
+    return with_the_state(draft, together(draft, staying + waiting))
+
+
+def together(draft: Draft, nodes: Sequence[Node]) -> list[Node]:
+    """Those of the nodes that can all reach each other."""
+    newest = max(draft.record.lineage, Version(0, 1))
+    # Those who train hold it, all of them.
+    train = draft.record.phase is Phase.RUNNING
+    holding = [] if train else [n.node_id for n in nodes if readiness.version(draft, n) >= newest]
+    return partition.keep_apart(draft, nodes, holding)
 
 
 def with_the_state(draft: Draft, nodes: Sequence[Node]) -> list[Node]:
@@ -111,11 +120,14 @@ def waiting_nodes(draft: Draft) -> list[Node]:
 
 def form(draft: Draft, nodes: Sequence[Node], cause: Cause, reason: str, guilty: frozenset[str] = frozenset()) -> None:
     """Begin the next generation with these nodes, all of which are ready. guilty: whose own failure ended the last."""
-    generation = assign_ranks(draft, nodes, reason)
+    generation, before = assign_ranks(draft, nodes, reason), draft.record.generation
     if draft.record.phase in (Phase.PAUSED, Phase.WAITING):
         # The time that was spent waiting, on a person or for nodes, is no part of the change.
         draft.set_live(pause_started_s=draft.now_s)
     draft.update(generation=generation, next_generation=generation.number + 1, change=None)
+    if draft.record.in_process and generation.source_rank < 0:
+        # It may train where we cannot see it: what it did not begin with is not gone back to.
+        draft.update(lineage=Version(generation.number, 0))
     draft.set_live(
         step=0,
         step_advanced_s=None,
@@ -126,11 +138,14 @@ def form(draft: Draft, nodes: Sequence[Node], cause: Cause, reason: str, guilty:
         settle_limit_s=None,
         change_limit_s=None,
         waiting_until_s=None,
+        holder_until_s=None,
     )
     draft.enter(Phase.RUNNING, reason)
     draft.act(BeginGeneration(generation, cause))
     if draft.record.in_process:
         _seat_workers(draft, generation)
+        if before is not None and generation.source_rank >= 0:
+            _save_at_the_minimum(draft, before, generation)
     else:
         _answer_agents(draft, nodes, generation, guilty)
     for node in draft.present():
@@ -156,6 +171,12 @@ def _seat_workers(draft: Draft, generation: Generation) -> None:
             readiness.seat(draft, worker, worker.ready.request_id, generation, rank)
 
 
+def _save_at_the_minimum(draft: Draft, before: Generation, generation: Generation) -> None:
+    """One loss more, and nobody may hold the state."""
+    if len(generation.members) == draft.record.spec.min_nodes < len(before.members):
+        readiness.ask_to_save(draft, "the job has shrunk to its minimum")
+
+
 def at_fault(draft: Draft) -> frozenset[str]:
     """Whose own failure ended the generation, of the members whose workers failed.
 
@@ -178,7 +199,7 @@ def dismiss_exhausted(draft: Draft, guilty: frozenset[str]) -> bool:
     for node in exhausted:
         reason = "its workers failed and no restarts are left"
         draft.log("node_failed", f"{node.node_id}: {reason}", node_id=node.node_id)
-        draft.act(Dismiss(node.node_id, success=False, reason=reason))
+        draft.dismiss(node.node_id, success=False, reason=reason)
         draft.remove(node.node_id)
     return bool(exhausted)
 
@@ -226,8 +247,13 @@ def stop(draft: Draft, cause: Cause, reason: str, *, planned: bool, gone: tuple[
 
 def _known_tau(draft: Draft) -> float:
     """The newest tau heard of; after a restart of the controller, at least that of the newest checkpoint."""
-    progress, checkpoint = draft.live.progress, draft.record.checkpoint
-    return max(progress.tau if progress else 0.0, checkpoint.tau if checkpoint else 0.0)
+    progress = draft.live.progress
+    return max(progress.tau if progress else 0.0, _saved_tau(draft))
+
+
+def _saved_tau(draft: Draft) -> float:
+    checkpoint = draft.record.checkpoint
+    return checkpoint.tau if checkpoint else 0.0
 
 
 def end(draft: Draft, reason: str) -> None:
@@ -242,8 +268,9 @@ def end(draft: Draft, reason: str) -> None:
             steps=steps,
             mean_gain=progress.generation_gain_sum / steps if progress and steps else 0.0,
             effective_lr=progress.effective_lr[0] if progress and progress.effective_lr else 0.0,
-            first_tau=generation.first_tau,
-            last_tau=progress.tau if progress else _known_tau(draft),
+            # An even older checkpoint may have been loaded than the newest.
+            first_tau=min(generation.first_tau, progress.tau) if progress else generation.first_tau,
+            last_tau=progress.tau if progress else generation.first_tau,
             pause_s=live.pause_s or 0.0,
             reason=reason,
         )

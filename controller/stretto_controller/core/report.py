@@ -45,6 +45,8 @@ class Progress:
     generation_gain_sum: float = 0.0
     pause_s: float = 0.0
     step_seconds: Histogram = field(default_factory=Histogram)
+    # Adasum's, over the layers: minimum, median, maximum; empty under any other rule.
+    orthogonality: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

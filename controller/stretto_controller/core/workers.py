@@ -61,6 +61,7 @@ def hello(draft: Draft, event: ev.WorkerHello) -> None:
         take_ready(draft, worker, event.ready)
     elif event.generation and not current:
         _fence(draft, event.session_id, event.generation)
+        readiness.change_worker(draft, event.session_id, cut_s=draft.now_s)
     elif current:
         _tell_of_the_change(draft, worker)
 
@@ -257,6 +258,7 @@ def finished(draft: Draft, event: ev.WorkerFinished) -> None:
     if _current(draft, event.session_id) is None or draft.record.target_reached:
         return
     draft.update(target_reached=True)
+    draft.set_live(target_s=draft.now_s)
     draft.log("target_reached", f"tau {event.tau:.1f} reached at step {event.step}")
 
 
@@ -282,7 +284,27 @@ def checkpointed(draft: Draft, event: ev.CheckpointCommitted) -> None:
     worker = _heard(draft, event.session_id)
     if worker is None or not _counts(draft, generation, event.checkpoint):
         return
-    draft.update(checkpoint=event.checkpoint)
+    if draft.record.checkpoint != event.checkpoint:
+        checkpoint = event.checkpoint
+        draft.update(checkpoint=checkpoint)
+        draft.log("checkpoint_committed", f"step {checkpoint.step} is saved: {checkpoint.path}", node_id=worker.node_id)
+
+
+def checkpoint_failed(draft: Draft, event: ev.CheckpointFailed) -> None:
+    found = _current(draft, event.session_id)
+    if found is not None and event.generation == found[1].number:
+        reason = f"no checkpoint of step {event.step}: {event.reason}"
+        draft.log("checkpoint_failed", reason, node_id=found[0].node_id)
+
+
+def checkpoint_requested(draft: Draft, event: ev.CheckpointRequested) -> None:
+    asked = draft.record.phase is Phase.RUNNING and readiness.ask_to_save(draft, "a checkpoint was asked for")
+    if not asked:
+        raise Rejected.precondition(
+            f"job {draft.record.name} is {draft.record.phase}, and no worker can save now; ask again when "
+            "it trains. A job that is paused, or that has ended, was saved"
+        )
+    draft.log("checkpoint_requested", "a checkpoint was asked for")
 
 
 def _counts(draft: Draft, generation: Generation | None, checkpoint: Checkpoint) -> bool:

@@ -74,6 +74,10 @@ class JobsService(JobsServicer):
         return jobs.DrainNodeResponse(job=await self._decide(request.job, event))
 
     @_answering
+    async def CheckpointJob(self, request: jobs.CheckpointJobRequest, context: Context) -> jobs.CheckpointJobResponse:
+        return jobs.CheckpointJobResponse(job=await self._decide(request.job, ev.CheckpointRequested()))
+
+    @_answering
     async def DeleteJob(self, request: jobs.DeleteJobRequest, context: Context) -> jobs.DeleteJobResponse:
         await self._runner.decide(checks.job_name(request.job), ev.DeleteRequested())
         return jobs.DeleteJobResponse()
@@ -103,6 +107,11 @@ class JobsService(JobsServicer):
             reason="" if ready else self._runner.reason_not_ready,
             time_s=self._runner.wall_s(),
         )
+
+    @_answering
+    async def ListPoints(self, request: jobs.ListPointsRequest, context: Context) -> jobs.ListPointsResponse:
+        view = self._runner.view(checks.job_name(request.job))
+        return outbound.points(view, checks.amount("after_s", request.after_s))
 
     async def _decide(self, name: str, event: ev.Event) -> jobs.Job:
         checks.job_name(name)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from stretto_controller.core.model import Cause, Generation, Record
+from stretto_controller.curve import Point
 
 
 class StoreError(Exception):
@@ -61,7 +62,7 @@ class Save:
     """What one decision changed. It is saved whole or not at all.
 
     record None: the record did not change. generations replace earlier ones with the same key.
-    forget: the job and all that belongs to it go.
+    points: more of the job's curve, or, with points_anew, all of it. forget: the job and all that belongs to it go.
     """
 
     job: str
@@ -69,6 +70,8 @@ class Save:
     marks: Marks = Marks()
     events: tuple[StoredEvent, ...] = ()
     generations: tuple[GenerationSummary, ...] = ()
+    points: tuple[Point, ...] = ()
+    points_anew: bool = False
     forget: bool = False
 
 
@@ -78,6 +81,7 @@ class StoredJob:
     marks: Marks
     events: tuple[StoredEvent, ...]
     generations: tuple[GenerationSummary, ...]
+    points: tuple[Point, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import math
 import os
 import sqlite3
 import threading
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stretto_controller.core.model import Record
+from stretto_controller.curve import Point
 from stretto_controller.store.codec import CodecError, decode, encode
 from stretto_controller.store.contents import (
     GenerationSummary,
@@ -24,9 +27,9 @@ from stretto_controller.store.contents import (
     StoreError,
 )
 
-SCHEMA_VERSION = 1
+_POINT_COLUMNS = ", ".join(Point._fields)
 # AUTOINCREMENT: sequence numbers of deleted jobs' events are not given out again.
-_SCHEMA = f"""
+_SCHEMA = """
 CREATE TABLE jobs (name TEXT PRIMARY KEY, record TEXT NOT NULL, marks TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE events (
   sequence INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, time_s REAL NOT NULL, kind TEXT NOT NULL,
@@ -35,8 +38,14 @@ CREATE INDEX events_by_job ON events (job, sequence);
 CREATE TABLE generations (
   job TEXT NOT NULL, incarnation INTEGER NOT NULL, number INTEGER NOT NULL, summary TEXT NOT NULL,
   PRIMARY KEY (job, incarnation, number)) WITHOUT ROWID;
-PRAGMA user_version = {SCHEMA_VERSION};
 """
+_POINTS = f"""
+CREATE TABLE points (
+  job TEXT NOT NULL, {", ".join(f"{name} REAL" for name in Point._fields)}, PRIMARY KEY (job, time_s)) WITHOUT ROWID;
+"""
+# What each schema version added to the one before.
+_VERSIONS = (_SCHEMA, _POINTS)
+SCHEMA_VERSION = len(_VERSIONS)
 # Saves that share one commit; more would make the first of them wait too long.
 _GROUP_LIMIT = 1000
 _BUSY_TIMEOUT_S = 5.0
@@ -135,7 +144,16 @@ class SqliteStore:
             marks,
             tuple(StoredEvent(*row) for row in events),
             tuple(decode(GenerationSummary, summary) for (summary,) in generations),
+            tuple(self._load_points(name)),
         )
+
+    def _load_points(self, name: str) -> Iterator[Point]:
+        for row in self._database.execute(
+            f"SELECT {_POINT_COLUMNS} FROM points WHERE job = ? ORDER BY time_s",  # our own names
+            (name,),
+        ):
+            # SQLite keeps NaN as NULL.
+            yield Point(*(math.nan if value is None else value for value in row))
 
     def _write(self, loop: asyncio.AbstractEventLoop) -> None:
         """The writer thread: one transaction for all that waits, then one call back into the loop."""
@@ -175,6 +193,7 @@ class SqliteStore:
             run("DELETE FROM jobs WHERE name = ?", (save.job,))
             run("DELETE FROM events WHERE job = ?", (save.job,))
             run("DELETE FROM generations WHERE job = ?", (save.job,))
+            run("DELETE FROM points WHERE job = ?", (save.job,))
             return
         if save.record is not None:
             run(
@@ -201,6 +220,14 @@ class SqliteStore:
                 "DELETE FROM generations WHERE job = ?1 AND (incarnation, number) <= (SELECT incarnation, number"
                 " FROM generations WHERE job = ?1 ORDER BY incarnation DESC, number DESC LIMIT 1 OFFSET ?2)",
                 (save.job, self._kept_generations),
+            )
+        if save.points_anew:
+            run("DELETE FROM points WHERE job = ?", (save.job,))
+        if save.points:
+            marks = ", ".join("?" * (1 + len(Point._fields)))
+            self._database.executemany(
+                f"INSERT OR REPLACE INTO points VALUES ({marks})",
+                [(save.job, *point) for point in save.points],
             )
 
 
@@ -253,8 +280,9 @@ def _open(path: Path) -> sqlite3.Connection:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
         version = database.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            database.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+        if version < SCHEMA_VERSION:
+            added = "".join(_VERSIONS[version:])
+            database.executescript(f"BEGIN IMMEDIATE; {added} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
     except sqlite3.Error as error:
         database.close()
         raise StoreError(f"{path} is not a controller's database: {error}; give another --data-dir") from error

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
-from importlib.resources import files
 from typing import Annotated
 
-from fastapi import Depends, FastAPI, Header, Path, Request, Response
+from fastapi import Depends, FastAPI, Header, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
-from prometheus_client import CollectorRegistry
+from fastapi.responses import JSONResponse
 from prometheus_client.exposition import choose_encoder
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
@@ -24,6 +23,8 @@ from stretto_controller.service.errors import http_status
 from stretto_controller.settings import ServiceLimits
 from stretto_controller.web import schema
 from stretto_controller.web.body_limit import BodyLimit
+from stretto_controller.web.feed import Feed, Position
+from stretto_controller.web.page import add_page
 from stretto_controller.web.watch import Watchers
 from stretto_controller.wire import checks
 
@@ -44,15 +45,12 @@ def build_app(runner: Runner, limits: ServiceLimits, tokens: Tokens | None = Non
     app.add_middleware(BodyLimit, size_bytes=limits.body_size_bytes)
     _answer_errors(app)
     _add_health(app, runner)
-    _add_metrics(app, metrics.registry(runner, limits.finished_series_s))
+    _add_metrics(app, runner, limits.finished_series_s)
     _add_jobs(app, runner)
-    _add_events(app, Watchers(runner, limits.max_watchers))
-    page = files("stretto_controller.web").joinpath("page.html").read_text(encoding="utf-8")
-
-    @app.get("/", include_in_schema=False)
-    async def show_page() -> HTMLResponse:
-        return HTMLResponse(page)
-
+    watchers = Watchers(runner, limits.max_watchers)
+    _add_events(app, watchers)
+    _add_feed(app, Feed(runner, watchers, limits.watch_interval_s))
+    add_page(app)
     return app
 
 
@@ -122,12 +120,14 @@ def _add_health(app: FastAPI, runner: Runner) -> None:
         return schema.Health(status="not ready", reason=runner.reason_not_ready)
 
 
-def _add_metrics(app: FastAPI, registry: CollectorRegistry) -> None:
+def _add_metrics(app: FastAPI, runner: Runner, finished_series_s: float) -> None:
     @app.get("/metrics")
     async def scrape(accept: Annotated[str, Header()] = "") -> Response:
         """For Prometheus: its text format, or OpenMetrics when asked for."""
-        encode, content_type = choose_encoder(accept)
-        return Response(encode(registry), headers={"Content-Type": content_type})
+        _, content_type = choose_encoder(accept)
+        openmetrics = content_type.startswith("application/openmetrics-text")
+        text = metrics.exposition(runner, finished_series_s, openmetrics=openmetrics)
+        return Response(text, headers={"Content-Type": content_type})
 
 
 def _add_jobs(app: FastAPI, runner: Runner) -> None:
@@ -156,10 +156,18 @@ def _add_jobs(app: FastAPI, runner: Runner) -> None:
         await runner.decide(checks.job_name(name), ev.DeleteRequested())
         return Response(status_code=204)
 
-    @app.get("/api/v1/jobs/{job}/history")
-    async def show_history(name: JobName) -> schema.HistoryOut:
+    @app.get("/api/v1/jobs/{job}/history", response_model=schema.HistoryOut)
+    async def show_history(name: JobName) -> Response:
+        """The job's generations, and the curve of its figures."""
         view = runner.view(checks.job_name(name))
-        return schema.HistoryOut(generations=[schema.summary_out(summary) for summary in view.history])
+        generations = ",".join(schema.summary_out(summary).model_dump_json() for summary in view.history)
+        columns = []
+        for column, values in view.curve.columns():
+            columns.append(f'"{column}":[{schema.column_text(column, values)}]')
+            # A long curve must not keep heartbeats waiting.
+            await asyncio.sleep(0)
+        text = f'{{"generations":[{generations}],"points":{{{",".join(columns)}}}}}'
+        return Response(text, media_type="application/json")
 
 
 def _add_events(app: FastAPI, watchers: Watchers) -> None:
@@ -175,6 +183,17 @@ def _add_events(app: FastAPI, watchers: Watchers) -> None:
             events = [schema.event_out(event) for event in watchers.kept(checks.job_name(name), after)]
             return JSONResponse(schema.EventsOut(events=events).model_dump())
         return EventSourceResponse(watchers.follow(checks.job_name(name), after), ping=15)
+
+
+def _add_feed(app: FastAPI, feed: Feed) -> None:
+    @app.get("/api/v1/watch")
+    async def watch(
+        job: Annotated[str, Query(description="tell all that is new about this job, too")] = "",
+        last_event_id: Annotated[str, Header(description="what was seen already")] = "",
+    ) -> Response:
+        """Server-sent events for pages: `fleet`, which jobs changed; `job`, all that is new about one; `deleted`."""
+        name = checks.job_name(job) if job else None
+        return EventSourceResponse(feed.follow(name, Position.parse(last_event_id)), ping=15)
 
 
 def _sequence(text: str) -> int:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
 
-from stretto_controller.core.model import Generation
+from stretto_controller.core.model import Generation, NodeState
+from stretto_controller.curve import Curve
 from stretto_controller.snapshot import JobView
 from stretto_controller.store.contents import GenerationSummary, StoredEvent
+
+# Of a point's figures; seven digits are more than a chart can show.
+_FORMATS = {"time_s": "%.3f", "generation": "%d", "step": "%d"}
 
 
 class Spec(BaseModel):
@@ -32,6 +39,8 @@ class NodeOut(BaseModel):
     address: str
     connected: bool
     silent_s: float | None
+    first_rank: int | None
+    step_s: float | None = Field(description="the slowest of its workers' usual steps")
 
 
 class GenerationOut(BaseModel):
@@ -100,8 +109,24 @@ class GenerationSummaryOut(BaseModel):
     end_reason: str
 
 
+class PointsOut(BaseModel):
+    """The job's curve: value i of each list belongs to point i. Null where a figure is not a finite number."""
+
+    time_s: list[float] = Field(description="seconds since the Unix epoch")
+    generation: list[int]
+    step: list[int]
+    tau: list[float]
+    gain: list[float | None]
+    scale: list[float]
+    loss: list[float | None]
+    effective_lr: list[float | None]
+    base_lr: list[float | None]
+    progress_rate: list[float]
+
+
 class HistoryOut(BaseModel):
     generations: list[GenerationSummaryOut]
+    points: PointsOut
 
 
 class EventOut(BaseModel):
@@ -175,6 +200,8 @@ def job_out(view: JobView) -> JobOut:
                 address=shown.node.address,
                 connected=shown.connected,
                 silent_s=known(shown.silent_s),
+                first_rank=shown.first_rank if shown.first_rank >= 0 else None,
+                step_s=known(shown.step_s),
             )
             for shown in view.nodes
         ],
@@ -207,6 +234,43 @@ def job_out(view: JobView) -> JobOut:
         if checkpoint
         else None,
     )
+
+
+def brief_text(view: JobView) -> str:
+    """What a list of jobs shows of one, as JSON."""
+    record, progress, generation = view.record, view.progress, view.record.generation
+    states = [node.state for node in record.nodes.values()]
+    return json.dumps(
+        {
+            "name": record.name,
+            "incarnation": record.incarnation,
+            "phase": record.phase.value,
+            "reason": record.reason,
+            "paused": record.paused,
+            "active_nodes": states.count(NodeState.ACTIVE),
+            "desired_nodes": record.wanted_nodes,
+            "min_nodes": record.spec.min_nodes,
+            "max_nodes": record.spec.max_nodes,
+            "target_tau": record.spec.target_tau,
+            "scale": (generation.scale or None) if generation else None,
+            "tau": known(progress.tau) if progress else None,
+            "gain": known(progress.gain) if progress else None,
+            "loss": known(progress.loss) if progress else None,
+            "progress_rate": view.progress_rate,
+            "remaining_s": known(view.remaining_s),
+        }
+    )
+
+
+def points_text(curve: Curve, after_s: float = -math.inf) -> str:
+    """`PointsOut` as JSON, made without an object for each number: there are tens of thousands."""
+    columns = (f'"{name}":[{column_text(name, values)}]' for name, values in curve.columns(after_s))
+    return f"{{{','.join(columns)}}}"
+
+
+def column_text(name: str, values: Iterable[float]) -> str:
+    text = ",".join(map(_FORMATS.get(name, "%.7g").__mod__, values))
+    return re.sub("-?(?:nan|inf)", "null", text) if "n" in text else text
 
 
 def generation_out(generation: Generation) -> GenerationOut:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 
 from sse_starlette import ServerSentEvent
 
@@ -27,18 +28,28 @@ class Watchers:
     def follow(self, job: str, after: int) -> AsyncIterator[ServerSentEvent]:
         """Every event after a sequence number, until the job is deleted. Raises Rejected only before it begins."""
         self._runner.view(job)
-        if self._count >= self._limit:
-            raise Rejected.exhausted(f"{self._limit} event streams are open, the limit here; try again later")
+        self.admit()
         return self._follow(job, after)
 
-    async def _follow(self, job: str, after: int) -> AsyncIterator[ServerSentEvent]:
+    def admit(self) -> None:
+        """Raise Rejected when there is no room for one more."""
+        if self._count >= self._limit:
+            raise Rejected.exhausted(f"{self._limit} event streams are open, the limit here; try again later")
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """One follower is there for as long as this lasts."""
         self._count += 1
         try:
+            yield
+        finally:
+            self._count -= 1
+
+    async def _follow(self, job: str, after: int) -> AsyncIterator[ServerSentEvent]:
+        with self.counted():
             while (news := self._runner.news(job)) is not None:
                 for event in self.kept(job, after):
                     after = event.sequence
                     yield ServerSentEvent(event_out(event).model_dump_json(), id=str(after), event=event.kind)
                 await news.wait()
             yield ServerSentEvent("{}", event="deleted")
-        finally:
-            self._count -= 1

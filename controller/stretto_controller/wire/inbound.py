@@ -118,6 +118,14 @@ def worker_event(message: training.TrainRequest, session_id: str) -> ev.Event:
         )
     if kind == "checkpoint":
         return ev.CheckpointCommitted(session_id, _checkpoint(message.checkpoint))
+    if kind == "checkpoint_failed":
+        failed = message.checkpoint_failed
+        return ev.CheckpointFailed(
+            session_id,
+            checks.count("generation", failed.generation),
+            checks.count("step", failed.step),
+            checks.text("reason", failed.reason, 1000),
+        )
     if kind == "finished":
         finished = message.finished
         return ev.WorkerFinished(
@@ -218,7 +226,14 @@ def _progress(message: types.Progress) -> Progress:
         generation_gain_sum=checks.amount("generation_gain_sum", message.generation_gain_sum),
         pause_s=checks.amount("pause_s", message.pause_s),
         step_seconds=_histogram(message.step_seconds),
+        orthogonality=_orthogonality(message.orthogonality),
     )
+
+
+def _orthogonality(values: Sequence[float]) -> tuple[float, ...]:
+    if len(values) not in (0, 3):
+        raise Rejected.invalid(f"orthogonality has {len(values)} values; give minimum, median and maximum, or none")
+    return tuple(values)
 
 
 def _rates(field: str, values: Sequence[float]) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from stretto_proto.v1 import jobs_pb2 as jobs
 from stretto_proto.v1 import rendezvous_pb2 as rendezvous
@@ -86,6 +87,9 @@ def to_worker(action: StreamAction, controller_id: str, heartbeat_interval_s: fl
         case act.AskToLeave():
             leave = training.LeaveGeneration(generation=action.generation, reason=action.reason, save=action.save)
             return training.TrainResponse(leave=leave)
+        case act.AskToSave():
+            save = training.SaveCheckpoint(generation=action.generation, reason=action.reason)
+            return training.TrainResponse(save=save)
         case act.FenceWorker():
             fenced = training.WorkerFenced(generation=action.generation, reason=action.reason)
             return training.TrainResponse(fenced=fenced)
@@ -170,6 +174,13 @@ def generation_summary(summary: GenerationSummary) -> jobs.GenerationSummary:
     )
 
 
+def points(view: JobView, after_s: float) -> jobs.ListPointsResponse:
+    columns: dict[str, Any] = dict(view.curve.columns(after_s))
+    for name in ("generation", "step"):
+        columns[name] = [int(value) for value in columns[name]]
+    return jobs.ListPointsResponse(**columns)
+
+
 def job_spec(spec: JobSpec) -> types.JobSpec:
     return types.JobSpec(
         min_nodes=spec.min_nodes,
@@ -223,6 +234,7 @@ def progress(value: Progress) -> types.Progress:
         generation_gain_sum=value.generation_gain_sum,
         pause_s=value.pause_s,
         step_seconds=histogram(value.step_seconds),
+        orthogonality=value.orthogonality,
     )
 
 

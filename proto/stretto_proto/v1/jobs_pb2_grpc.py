@@ -70,6 +70,11 @@ class JobsStub(object):
                 request_serializer=stretto__proto_dot_v1_dot_jobs__pb2.DrainNodeRequest.SerializeToString,
                 response_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.DrainNodeResponse.FromString,
                 _registered_method=True)
+        self.CheckpointJob = channel.unary_unary(
+                '/stretto.v1.Jobs/CheckpointJob',
+                request_serializer=stretto__proto_dot_v1_dot_jobs__pb2.CheckpointJobRequest.SerializeToString,
+                response_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.CheckpointJobResponse.FromString,
+                _registered_method=True)
         self.DeleteJob = channel.unary_unary(
                 '/stretto.v1.Jobs/DeleteJob',
                 request_serializer=stretto__proto_dot_v1_dot_jobs__pb2.DeleteJobRequest.SerializeToString,
@@ -89,6 +94,11 @@ class JobsStub(object):
                 '/stretto.v1.Jobs/GetController',
                 request_serializer=stretto__proto_dot_v1_dot_jobs__pb2.GetControllerRequest.SerializeToString,
                 response_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.GetControllerResponse.FromString,
+                _registered_method=True)
+        self.ListPoints = channel.unary_unary(
+                '/stretto.v1.Jobs/ListPoints',
+                request_serializer=stretto__proto_dot_v1_dot_jobs__pb2.ListPointsRequest.SerializeToString,
+                response_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.ListPointsResponse.FromString,
                 _registered_method=True)
 
 
@@ -141,6 +151,13 @@ class JobsServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckpointJob(self, request, context):
+        """The workers write a checkpoint at the next step boundary, and go on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteJob(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -161,6 +178,13 @@ class JobsServicer(object):
 
     def GetController(self, request, context):
         """Every controller answers for itself, also one that does not lead.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPoints(self, request, context):
+        """The job's figures over time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -204,6 +228,11 @@ def add_JobsServicer_to_server(servicer, server):
                     request_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.DrainNodeRequest.FromString,
                     response_serializer=stretto__proto_dot_v1_dot_jobs__pb2.DrainNodeResponse.SerializeToString,
             ),
+            'CheckpointJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckpointJob,
+                    request_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.CheckpointJobRequest.FromString,
+                    response_serializer=stretto__proto_dot_v1_dot_jobs__pb2.CheckpointJobResponse.SerializeToString,
+            ),
             'DeleteJob': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteJob,
                     request_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.DeleteJobRequest.FromString,
@@ -223,6 +252,11 @@ def add_JobsServicer_to_server(servicer, server):
                     servicer.GetController,
                     request_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.GetControllerRequest.FromString,
                     response_serializer=stretto__proto_dot_v1_dot_jobs__pb2.GetControllerResponse.SerializeToString,
+            ),
+            'ListPoints': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPoints,
+                    request_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.ListPointsRequest.FromString,
+                    response_serializer=stretto__proto_dot_v1_dot_jobs__pb2.ListPointsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -426,6 +460,33 @@ class Jobs(object):
             _registered_method=True)
 
     @staticmethod
+    def CheckpointJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stretto.v1.Jobs/CheckpointJob',
+            stretto__proto_dot_v1_dot_jobs__pb2.CheckpointJobRequest.SerializeToString,
+            stretto__proto_dot_v1_dot_jobs__pb2.CheckpointJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def DeleteJob(request,
             target,
             options=(),
@@ -523,6 +584,33 @@ class Jobs(object):
             '/stretto.v1.Jobs/GetController',
             stretto__proto_dot_v1_dot_jobs__pb2.GetControllerRequest.SerializeToString,
             stretto__proto_dot_v1_dot_jobs__pb2.GetControllerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stretto.v1.Jobs/ListPoints',
+            stretto__proto_dot_v1_dot_jobs__pb2.ListPointsRequest.SerializeToString,
+            stretto__proto_dot_v1_dot_jobs__pb2.ListPointsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,11 +43,15 @@ class JobsStub:
     ResumeJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ResumeJobRequest, _jobs_pb2.ResumeJobResponse]
     DrainNode: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.DrainNodeRequest, _jobs_pb2.DrainNodeResponse]
     """A node leaves at the next step boundary."""
+    CheckpointJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.CheckpointJobRequest, _jobs_pb2.CheckpointJobResponse]
+    """The workers write a checkpoint at the next step boundary, and go on."""
     DeleteJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.DeleteJobRequest, _jobs_pb2.DeleteJobResponse]
     ListEvents: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListEventsRequest, _jobs_pb2.ListEventsResponse]
     ListGenerations: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListGenerationsRequest, _jobs_pb2.ListGenerationsResponse]
     GetController: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.GetControllerRequest, _jobs_pb2.GetControllerResponse]
     """Every controller answers for itself, also one that does not lead."""
+    ListPoints: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListPointsRequest, _jobs_pb2.ListPointsResponse]
+    """The job's figures over time."""
 
 @_typing.type_check_only
 class JobsAsyncStub(JobsStub):
@@ -64,11 +68,15 @@ class JobsAsyncStub(JobsStub):
     ResumeJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ResumeJobRequest, _jobs_pb2.ResumeJobResponse]  # type: ignore[assignment]
     DrainNode: _aio.UnaryUnaryMultiCallable[_jobs_pb2.DrainNodeRequest, _jobs_pb2.DrainNodeResponse]  # type: ignore[assignment]
     """A node leaves at the next step boundary."""
+    CheckpointJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.CheckpointJobRequest, _jobs_pb2.CheckpointJobResponse]  # type: ignore[assignment]
+    """The workers write a checkpoint at the next step boundary, and go on."""
     DeleteJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.DeleteJobRequest, _jobs_pb2.DeleteJobResponse]  # type: ignore[assignment]
     ListEvents: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListEventsRequest, _jobs_pb2.ListEventsResponse]  # type: ignore[assignment]
     ListGenerations: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListGenerationsRequest, _jobs_pb2.ListGenerationsResponse]  # type: ignore[assignment]
     GetController: _aio.UnaryUnaryMultiCallable[_jobs_pb2.GetControllerRequest, _jobs_pb2.GetControllerResponse]  # type: ignore[assignment]
     """Every controller answers for itself, also one that does not lead."""
+    ListPoints: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListPointsRequest, _jobs_pb2.ListPointsResponse]  # type: ignore[assignment]
+    """The job's figures over time."""
 
 class JobsServicer(metaclass=_abc_1.ABCMeta):
     """For people and tools."""
@@ -126,6 +134,14 @@ class JobsServicer(metaclass=_abc_1.ABCMeta):
         """A node leaves at the next step boundary."""
 
     @_abc_1.abstractmethod
+    def CheckpointJob(
+        self,
+        request: _jobs_pb2.CheckpointJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.CheckpointJobResponse, _abc.Awaitable[_jobs_pb2.CheckpointJobResponse]]:
+        """The workers write a checkpoint at the next step boundary, and go on."""
+
+    @_abc_1.abstractmethod
     def DeleteJob(
         self,
         request: _jobs_pb2.DeleteJobRequest,
@@ -153,5 +169,13 @@ class JobsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_jobs_pb2.GetControllerResponse, _abc.Awaitable[_jobs_pb2.GetControllerResponse]]:
         """Every controller answers for itself, also one that does not lead."""
+
+    @_abc_1.abstractmethod
+    def ListPoints(
+        self,
+        request: _jobs_pb2.ListPointsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.ListPointsResponse, _abc.Awaitable[_jobs_pb2.ListPointsResponse]]:
+        """The job's figures over time."""
 
 def add_JobsServicer_to_server(servicer: JobsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from stretto_proto.v1 import types_pb2 as stretto__proto_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fstretto_proto/v1/training.proto\x12\nstretto.v1\x1a\x1cstretto_proto/v1/types.proto\"\xfd\x02\n\x0cTrainRequest\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.stretto.v1.WorkerHelloH\x00\x12(\n\x08progress\x18\x02 \x01(\x0b\x32\x14.stretto.v1.ProgressH\x00\x12&\n\x04left\x18\x03 \x01(\x0b\x32\x16.stretto.v1.WorkerLeftH\x00\x12\x35\n\ncheckpoint\x18\x04 \x01(\x0b\x32\x1f.stretto.v1.CheckpointCommittedH\x00\x12.\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x1a.stretto.v1.WorkerFinishedH\x00\x12.\n\x08\x64raining\x18\x06 \x01(\x0b\x32\x1a.stretto.v1.WorkerDrainingH\x00\x12(\n\x05\x61live\x18\x07 \x01(\x0b\x32\x17.stretto.v1.WorkerAliveH\x00\x12(\n\x05ready\x18\x08 \x01(\x0b\x32\x17.stretto.v1.WorkerReadyH\x00\x42\x06\n\x04\x62ody\"\xaf\x02\n\rTrainResponse\x12,\n\x07welcome\x18\x01 \x01(\x0b\x32\x19.stretto.v1.WorkerWelcomeH\x00\x12,\n\x05leave\x18\x02 \x01(\x0b\x32\x1b.stretto.v1.LeaveGenerationH\x00\x12*\n\x06\x66\x65nced\x18\x03 \x01(\x0b\x32\x18.stretto.v1.WorkerFencedH\x00\x12\x32\n\nassignment\x18\x04 \x01(\x0b\x32\x1c.stretto.v1.WorkerAssignmentH\x00\x12(\n\x03\x63ut\x18\x05 \x01(\x0b\x32\x19.stretto.v1.CutGenerationH\x00\x12\x30\n\rsave_and_exit\x18\x06 \x01(\x0b\x32\x17.stretto.v1.SaveAndExitH\x00\x42\x06\n\x04\x62ody\"\xd4\x01\n\x0bWorkerHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\x05\x12\x0b\n\x03job\x18\x02 \x01(\t\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\x05\x12\x12\n\nlocal_rank\x18\x05 \x01(\x05\x12\x12\n\ngeneration\x18\x06 \x01(\x03\x12!\n\x04spec\x18\x07 \x01(\x0b\x32\x13.stretto.v1.JobSpec\x12\x0c\n\x04step\x18\x08 \x01(\x03\x12&\n\x05ready\x18\t \x01(\x0b\x32\x17.stretto.v1.WorkerReady\"m\n\rWorkerWelcome\x12\x18\n\x10protocol_version\x18\x01 \x01(\x05\x12\x15\n\rcontroller_id\x18\x02 \x01(\t\x12\r\n\x05scale\x18\x03 \x01(\x01\x12\x1c\n\x14heartbeat_interval_s\x18\x04 \x01(\x01\"l\n\x0bWorkerAlive\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x11\n\tworking_s\x18\x03 \x01(\x01\x12\x11\n\twaiting_s\x18\x04 \x01(\x01\x12\x15\n\rmedian_step_s\x18\x05 \x01(\x01\"\xb8\x01\n\x0bWorkerReady\x12\x12\n\nrequest_id\x18\x01 \x01(\x03\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\x1a\n\x12version_generation\x18\x03 \x01(\x03\x12\x14\n\x0cversion_step\x18\x04 \x01(\x03\x12\x0e\n\x06\x66\x61iled\x18\x05 \x01(\x08\x12\x13\n\x0bunreachable\x18\x06 \x03(\x05\x12\x12\n\nstore_port\x18\x07 \x01(\x05\x12\x16\n\x0epreflight_port\x18\x08 \x01(\x05\"[\n\x0bWorkerPlace\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x12\n\nstore_port\x18\x03 \x01(\x05\x12\x16\n\x0epreflight_port\x18\x04 \x01(\x05\"\xb6\x01\n\x10WorkerAssignment\x12\x12\n\nrequest_id\x18\x01 \x01(\x03\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\'\n\x06places\x18\x04 \x03(\x0b\x32\x17.stretto.v1.WorkerPlace\x12\x13\n\x0bsource_rank\x18\x05 \x01(\x05\x12\x0f\n\x07in_step\x18\x06 \x01(\x08\x12\r\n\x05scale\x18\x07 \x01(\x01\x12\x0e\n\x06reason\x18\x08 \x01(\t\"3\n\rCutGeneration\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x1d\n\x0bSaveAndExit\x12\x0e\n\x06reason\x18\x01 \x01(\t\".\n\nWorkerLeft\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\"?\n\x0eWorkerFinished\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x0b\n\x03tau\x18\x03 \x01(\x01\"$\n\x0eWorkerDraining\x12\x12\n\ngeneration\x18\x01 \x01(\x03\"C\n\x0fLeaveGeneration\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0c\n\x04save\x18\x03 \x01(\x08\"2\n\x0cWorkerFenced\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12\x0e\n\x06reason\x18\x02 \x01(\t2L\n\x08Training\x12@\n\x05Train\x12\x18.stretto.v1.TrainRequest\x1a\x19.stretto.v1.TrainResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fstretto_proto/v1/training.proto\x12\nstretto.v1\x1a\x1cstretto_proto/v1/types.proto\"\xb8\x03\n\x0cTrainRequest\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.stretto.v1.WorkerHelloH\x00\x12(\n\x08progress\x18\x02 \x01(\x0b\x32\x14.stretto.v1.ProgressH\x00\x12&\n\x04left\x18\x03 \x01(\x0b\x32\x16.stretto.v1.WorkerLeftH\x00\x12\x35\n\ncheckpoint\x18\x04 \x01(\x0b\x32\x1f.stretto.v1.CheckpointCommittedH\x00\x12.\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x1a.stretto.v1.WorkerFinishedH\x00\x12.\n\x08\x64raining\x18\x06 \x01(\x0b\x32\x1a.stretto.v1.WorkerDrainingH\x00\x12(\n\x05\x61live\x18\x07 \x01(\x0b\x32\x17.stretto.v1.WorkerAliveH\x00\x12(\n\x05ready\x18\x08 \x01(\x0b\x32\x17.stretto.v1.WorkerReadyH\x00\x12\x39\n\x11\x63heckpoint_failed\x18\t \x01(\x0b\x32\x1c.stretto.v1.CheckpointFailedH\x00\x42\x06\n\x04\x62ody\"\xdb\x02\n\rTrainResponse\x12,\n\x07welcome\x18\x01 \x01(\x0b\x32\x19.stretto.v1.WorkerWelcomeH\x00\x12,\n\x05leave\x18\x02 \x01(\x0b\x32\x1b.stretto.v1.LeaveGenerationH\x00\x12*\n\x06\x66\x65nced\x18\x03 \x01(\x0b\x32\x18.stretto.v1.WorkerFencedH\x00\x12\x32\n\nassignment\x18\x04 \x01(\x0b\x32\x1c.stretto.v1.WorkerAssignmentH\x00\x12(\n\x03\x63ut\x18\x05 \x01(\x0b\x32\x19.stretto.v1.CutGenerationH\x00\x12\x30\n\rsave_and_exit\x18\x06 \x01(\x0b\x32\x17.stretto.v1.SaveAndExitH\x00\x12*\n\x04save\x18\x07 \x01(\x0b\x32\x1a.stretto.v1.SaveCheckpointH\x00\x42\x06\n\x04\x62ody\"\xd4\x01\n\x0bWorkerHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\x05\x12\x0b\n\x03job\x18\x02 \x01(\t\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\x05\x12\x12\n\nlocal_rank\x18\x05 \x01(\x05\x12\x12\n\ngeneration\x18\x06 \x01(\x03\x12!\n\x04spec\x18\x07 \x01(\x0b\x32\x13.stretto.v1.JobSpec\x12\x0c\n\x04step\x18\x08 \x01(\x03\x12&\n\x05ready\x18\t \x01(\x0b\x32\x17.stretto.v1.WorkerReady\"m\n\rWorkerWelcome\x12\x18\n\x10protocol_version\x18\x01 \x01(\x05\x12\x15\n\rcontroller_id\x18\x02 \x01(\t\x12\r\n\x05scale\x18\x03 \x01(\x01\x12\x1c\n\x14heartbeat_interval_s\x18\x04 \x01(\x01\"l\n\x0bWorkerAlive\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x11\n\tworking_s\x18\x03 \x01(\x01\x12\x11\n\twaiting_s\x18\x04 \x01(\x01\x12\x15\n\rmedian_step_s\x18\x05 \x01(\x01\"\xb8\x01\n\x0bWorkerReady\x12\x12\n\nrequest_id\x18\x01 \x01(\x03\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\x1a\n\x12version_generation\x18\x03 \x01(\x03\x12\x14\n\x0cversion_step\x18\x04 \x01(\x03\x12\x0e\n\x06\x66\x61iled\x18\x05 \x01(\x08\x12\x13\n\x0bunreachable\x18\x06 \x03(\x05\x12\x12\n\nstore_port\x18\x07 \x01(\x05\x12\x16\n\x0epreflight_port\x18\x08 \x01(\x05\"[\n\x0bWorkerPlace\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x12\n\nstore_port\x18\x03 \x01(\x05\x12\x16\n\x0epreflight_port\x18\x04 \x01(\x05\"\xb6\x01\n\x10WorkerAssignment\x12\x12\n\nrequest_id\x18\x01 \x01(\x03\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\'\n\x06places\x18\x04 \x03(\x0b\x32\x17.stretto.v1.WorkerPlace\x12\x13\n\x0bsource_rank\x18\x05 \x01(\x05\x12\x0f\n\x07in_step\x18\x06 \x01(\x08\x12\r\n\x05scale\x18\x07 \x01(\x01\x12\x0e\n\x06reason\x18\x08 \x01(\t\"3\n\rCutGeneration\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12\x0e\n\x06reason\x18\x02 \x01(\t\"4\n\x0eSaveCheckpoint\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x1d\n\x0bSaveAndExit\x12\x0e\n\x06reason\x18\x01 \x01(\t\".\n\nWorkerLeft\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\"?\n\x0eWorkerFinished\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x0b\n\x03tau\x18\x03 \x01(\x01\"$\n\x0eWorkerDraining\x12\x12\n\ngeneration\x18\x01 \x01(\x03\"C\n\x0fLeaveGeneration\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0c\n\x04save\x18\x03 \x01(\x08\"2\n\x0cWorkerFenced\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12\x0e\n\x06reason\x18\x02 \x01(\t2L\n\x08Training\x12@\n\x05Train\x12\x18.stretto.v1.TrainRequest\x1a\x19.stretto.v1.TrainResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,35 +33,37 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stretto_proto.v1.training_p
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TRAINREQUEST']._serialized_start=78
-  _globals['_TRAINREQUEST']._serialized_end=459
-  _globals['_TRAINRESPONSE']._serialized_start=462
-  _globals['_TRAINRESPONSE']._serialized_end=765
-  _globals['_WORKERHELLO']._serialized_start=768
-  _globals['_WORKERHELLO']._serialized_end=980
-  _globals['_WORKERWELCOME']._serialized_start=982
-  _globals['_WORKERWELCOME']._serialized_end=1091
-  _globals['_WORKERALIVE']._serialized_start=1093
-  _globals['_WORKERALIVE']._serialized_end=1201
-  _globals['_WORKERREADY']._serialized_start=1204
-  _globals['_WORKERREADY']._serialized_end=1388
-  _globals['_WORKERPLACE']._serialized_start=1390
-  _globals['_WORKERPLACE']._serialized_end=1481
-  _globals['_WORKERASSIGNMENT']._serialized_start=1484
-  _globals['_WORKERASSIGNMENT']._serialized_end=1666
-  _globals['_CUTGENERATION']._serialized_start=1668
-  _globals['_CUTGENERATION']._serialized_end=1719
-  _globals['_SAVEANDEXIT']._serialized_start=1721
-  _globals['_SAVEANDEXIT']._serialized_end=1750
-  _globals['_WORKERLEFT']._serialized_start=1752
-  _globals['_WORKERLEFT']._serialized_end=1798
-  _globals['_WORKERFINISHED']._serialized_start=1800
-  _globals['_WORKERFINISHED']._serialized_end=1863
-  _globals['_WORKERDRAINING']._serialized_start=1865
-  _globals['_WORKERDRAINING']._serialized_end=1901
-  _globals['_LEAVEGENERATION']._serialized_start=1903
-  _globals['_LEAVEGENERATION']._serialized_end=1970
-  _globals['_WORKERFENCED']._serialized_start=1972
-  _globals['_WORKERFENCED']._serialized_end=2022
-  _globals['_TRAINING']._serialized_start=2024
-  _globals['_TRAINING']._serialized_end=2100
+  _globals['_TRAINREQUEST']._serialized_end=518
+  _globals['_TRAINRESPONSE']._serialized_start=521
+  _globals['_TRAINRESPONSE']._serialized_end=868
+  _globals['_WORKERHELLO']._serialized_start=871
+  _globals['_WORKERHELLO']._serialized_end=1083
+  _globals['_WORKERWELCOME']._serialized_start=1085
+  _globals['_WORKERWELCOME']._serialized_end=1194
+  _globals['_WORKERALIVE']._serialized_start=1196
+  _globals['_WORKERALIVE']._serialized_end=1304
+  _globals['_WORKERREADY']._serialized_start=1307
+  _globals['_WORKERREADY']._serialized_end=1491
+  _globals['_WORKERPLACE']._serialized_start=1493
+  _globals['_WORKERPLACE']._serialized_end=1584
+  _globals['_WORKERASSIGNMENT']._serialized_start=1587
+  _globals['_WORKERASSIGNMENT']._serialized_end=1769
+  _globals['_CUTGENERATION']._serialized_start=1771
+  _globals['_CUTGENERATION']._serialized_end=1822
+  _globals['_SAVECHECKPOINT']._serialized_start=1824
+  _globals['_SAVECHECKPOINT']._serialized_end=1876
+  _globals['_SAVEANDEXIT']._serialized_start=1878
+  _globals['_SAVEANDEXIT']._serialized_end=1907
+  _globals['_WORKERLEFT']._serialized_start=1909
+  _globals['_WORKERLEFT']._serialized_end=1955
+  _globals['_WORKERFINISHED']._serialized_start=1957
+  _globals['_WORKERFINISHED']._serialized_end=2020
+  _globals['_WORKERDRAINING']._serialized_start=2022
+  _globals['_WORKERDRAINING']._serialized_end=2058
+  _globals['_LEAVEGENERATION']._serialized_start=2060
+  _globals['_LEAVEGENERATION']._serialized_end=2127
+  _globals['_WORKERFENCED']._serialized_start=2129
+  _globals['_WORKERFENCED']._serialized_end=2179
+  _globals['_TRAINING']._serialized_start=2181
+  _globals['_TRAINING']._serialized_end=2257
 # @@protoc_insertion_point(module_scope)

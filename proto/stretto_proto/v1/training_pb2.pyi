@@ -31,6 +31,7 @@ class TrainRequest(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     ALIVE_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FAILED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___WorkerHello: ...
     @_builtins.property
@@ -59,6 +60,8 @@ class TrainRequest(_message.Message):
     def ready(self) -> Global___WorkerReady:
         """In-process mode: the worker is in no generation, and asks for the next one."""
 
+    @_builtins.property
+    def checkpoint_failed(self) -> _types_pb2.CheckpointFailed: ...
     def __init__(
         self,
         *,
@@ -70,12 +73,13 @@ class TrainRequest(_message.Message):
         draining: Global___WorkerDraining | None = ...,
         alive: Global___WorkerAlive | None = ...,
         ready: Global___WorkerReady | None = ...,
+        checkpoint_failed: _types_pb2.CheckpointFailed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "body", b"body", "checkpoint", b"checkpoint", "draining", b"draining", "finished", b"finished", "hello", b"hello", "left", b"left", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "body", b"body", "checkpoint", b"checkpoint", "checkpoint_failed", b"checkpoint_failed", "draining", b"draining", "finished", b"finished", "hello", b"hello", "left", b"left", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "body", b"body", "checkpoint", b"checkpoint", "draining", b"draining", "finished", b"finished", "hello", b"hello", "left", b"left", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "body", b"body", "checkpoint", b"checkpoint", "checkpoint_failed", b"checkpoint_failed", "draining", b"draining", "finished", b"finished", "hello", b"hello", "left", b"left", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "progress", "left", "checkpoint", "finished", "draining", "alive", "ready"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "progress", "left", "checkpoint", "finished", "draining", "alive", "ready", "checkpoint_failed"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -91,6 +95,7 @@ class TrainResponse(_message.Message):
     ASSIGNMENT_FIELD_NUMBER: _builtins.int
     CUT_FIELD_NUMBER: _builtins.int
     SAVE_AND_EXIT_FIELD_NUMBER: _builtins.int
+    SAVE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___WorkerWelcome: ...
     @_builtins.property
@@ -113,6 +118,10 @@ class TrainResponse(_message.Message):
     def save_and_exit(self) -> Global___SaveAndExit:
         """In-process mode: the job gives up. Write a checkpoint if the state is whole, then exit."""
 
+    @_builtins.property
+    def save(self) -> Global___SaveCheckpoint:
+        """Write a checkpoint at the next step boundary, and go on."""
+
     def __init__(
         self,
         *,
@@ -122,12 +131,13 @@ class TrainResponse(_message.Message):
         assignment: Global___WorkerAssignment | None = ...,
         cut: Global___CutGeneration | None = ...,
         save_and_exit: Global___SaveAndExit | None = ...,
+        save: Global___SaveCheckpoint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "body", b"body", "cut", b"cut", "fenced", b"fenced", "leave", b"leave", "save_and_exit", b"save_and_exit", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "body", b"body", "cut", b"cut", "fenced", b"fenced", "leave", b"leave", "save", b"save", "save_and_exit", b"save_and_exit", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "body", b"body", "cut", b"cut", "fenced", b"fenced", "leave", b"leave", "save_and_exit", b"save_and_exit", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "body", b"body", "cut", b"cut", "fenced", b"fenced", "leave", b"leave", "save", b"save", "save_and_exit", b"save_and_exit", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["welcome", "leave", "fenced", "assignment", "cut", "save_and_exit"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["welcome", "leave", "fenced", "assignment", "cut", "save_and_exit", "save"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -389,6 +399,28 @@ class CutGeneration(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CutGeneration: _TypeAlias = CutGeneration  # noqa: Y015
+
+@_typing.final
+class SaveCheckpoint(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    generation: _builtins.int
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        generation: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SaveCheckpoint: _TypeAlias = SaveCheckpoint  # noqa: Y015
 
 @_typing.final
 class SaveAndExit(_message.Message):

@@ -184,6 +184,7 @@ class Progress(_message.Message):
     GENERATION_GAIN_SUM_FIELD_NUMBER: _builtins.int
     PAUSE_S_FIELD_NUMBER: _builtins.int
     STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    ORTHOGONALITY_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     step: _builtins.int
     tau: _builtins.float
@@ -208,6 +209,12 @@ class Progress(_message.Message):
     def step_seconds(self) -> Global___Histogram:
         """Cumulative histogram of step times since this worker started."""
 
+    @_builtins.property
+    def orthogonality(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Where gradients or moves are combined by Adasum: |adasum|^2 / sum |g_i|^2 over the layers, as minimum, median and
+        maximum. 1: orthogonal; 1/n: all the same.
+        """
+
     def __init__(
         self,
         *,
@@ -227,10 +234,11 @@ class Progress(_message.Message):
         generation_gain_sum: _builtins.float = ...,
         pause_s: _builtins.float = ...,
         step_seconds: Global___Histogram | None = ...,
+        orthogonality: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["step_seconds", b"step_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_lr", b"base_lr", "effective_lr", b"effective_lr", "epoch", b"epoch", "gain", b"gain", "generation", b"generation", "generation_gain_sum", b"generation_gain_sum", "generation_steps", b"generation_steps", "loss", b"loss", "pause_s", b"pause_s", "samples", b"samples", "scale", b"scale", "sqr_norm", b"sqr_norm", "step", b"step", "step_seconds", b"step_seconds", "tau", b"tau", "variance", b"variance"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_lr", b"base_lr", "effective_lr", b"effective_lr", "epoch", b"epoch", "gain", b"gain", "generation", b"generation", "generation_gain_sum", b"generation_gain_sum", "generation_steps", b"generation_steps", "loss", b"loss", "orthogonality", b"orthogonality", "pause_s", b"pause_s", "samples", b"samples", "scale", b"scale", "sqr_norm", b"sqr_norm", "step", b"step", "step_seconds", b"step_seconds", "tau", b"tau", "variance", b"variance"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -330,3 +338,30 @@ class Leader(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Leader: _TypeAlias = Leader  # noqa: Y015
+
+@_typing.final
+class CheckpointFailed(_message.Message):
+    """A save that came to nothing; the checkpoint before it is as it was."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    generation: _builtins.int
+    step: _builtins.int
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        generation: _builtins.int = ...,
+        step: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "reason", b"reason", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckpointFailed: _TypeAlias = CheckpointFailed  # noqa: Y015

@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from typing import Any
 import torch
 from stretto import ElasticTrainer
 from stretto.checkpoint import Checkpointer
+from stretto.checkpoint.commit import Committer
+from stretto.checkpoint.shard_writer import ShardWriter
 from stretto.group import Group, GroupLife
 from stretto.live import Generation, LiveSession
 from stretto.trainer_settings import TrainerSettings
@@ -64,6 +67,8 @@ def strike(point: str, step: int) -> None:
         return
     with contextlib.suppress(FileNotFoundError):
         path.rename(path.with_name("done-" + path.name))
+        if fault["kind"] == "raise" and threading.current_thread() is not threading.main_thread():
+            os._exit(1)  # where a checkpoint is written, an error alone ends nobody
         if fault["kind"] == "raise":
             raise RuntimeError(f"injected at {point}")
         if fault["kind"] == "sleep":
@@ -79,14 +84,6 @@ class Optimizer(torch.optim.SGD):
     def step(self, closure: Any = None) -> Any:
         strike("optimizer", trainer_step())
         return super().step(closure)
-
-
-class Files(Checkpointer):
-    def save(self, state: dict[str, Any], *, step: int, generation: int = 0) -> Path:
-        strike("before checkpoint", step)
-        path = super().save(state, step=step, generation=generation)
-        strike("after checkpoint", step)
-        return path
 
 
 class Slow:
@@ -120,8 +117,12 @@ def hook(owner: type, name: str, before: str | None = None, after: str | None = 
     setattr(owner, name, replaced)
 
 
+hook(Checkpointer, "begin", before="before checkpoint")
+hook(ShardWriter, "finish", after="after share")
+hook(Committer, "commit", after="after checkpoint")
 hook(Group, "all_reduce", after="all_reduce")
 hook(Group, "broadcast", after="broadcast")
+hook(Group, "all_to_all", after="all_to_all")
 hook(Generation, "all_reduce", after="bucket", more=True)
 hook(GroupLife, "build", before="before build", after="after build")
 hook(LiveSession, "ask", after="ask")
@@ -176,7 +177,7 @@ trainer = ElasticTrainer(
     batch_size=options["batch_size"],
     global_batch_size=options["global_batch_size"],
     target_tau=options["target_tau"],
-    checkpoint=Files(directory / "checkpoints"),
+    checkpoint=directory / "checkpoints",
     settings=TrainerSettings(
         checkpoint_interval_s=None,
         checkpoint_interval_steps=options["checkpoint_steps"],
@@ -217,6 +218,8 @@ for report in trainer:
     if report.generation > known_generation or report.step % 20 == 0:
         known_generation = report.generation
         state = {"model": trainer.model.state_dict(), "optimizer": trainer._optimizer.state_dict()}
+        if options["rule"] == "adasum-delta":
+            state["optimizer"].pop("state")  # every rank's own
         entry = {"generation": report.generation, "step": report.step, "state": fingerprint(state)}
         states.write(json.dumps(entry) + "\n")
     if report.step >= last_step():

@@ -109,6 +109,13 @@ def drain(
 
 
 @app.command()
+def checkpoint(job: JobName, endpoint: Endpoint = None, as_json: AsJson = False) -> None:
+    """Have a checkpoint written at the next step boundary; training goes on. `events` tells when it is there."""
+    with _client(endpoint) as client:
+        _print_job(client.checkpoint(job), as_json)
+
+
+@app.command()
 def delete(
     job: JobName,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,

@@ -104,6 +104,18 @@ class Group:
         """Start overwriting `tensor` on every rank with that of rank `source`."""
         return self.start(lambda: dist.broadcast(tensor, source, group=self.process_group, async_op=True), tensor)
 
+    def all_to_all(
+        self, received: Tensor, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]
+    ) -> torch.futures.Future[Tensor]:
+        """Start sending parts of `sent` to the ranks, in their order; theirs come to `received`, in their order."""
+
+        def begin() -> dist.Work | None:
+            arguments = (received, sent, received_sizes, sent_sizes)
+            work: dist.Work | None = dist.all_to_all_single(*arguments, group=self.process_group, async_op=True)
+            return work
+
+        return self.start(begin, received)
+
     def barrier(self) -> torch.futures.Future[None]:
         """Start waiting for every rank to get here."""
         return self.start(lambda: dist.barrier(group=self.process_group, async_op=True), None)

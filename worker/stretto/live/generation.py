@@ -215,10 +215,39 @@ class Generation:
         """
         if more:
             return self._group.all_reduce(tensor, op)
+        return self._timed(lambda: self._group.all_reduce(tensor, op))
+
+    def broadcast(self, tensor: Tensor, source: int) -> torch.futures.Future[Tensor]:
+        """Start overwriting a tensor with that of rank `source`; the future fails when the generation breaks."""
+        return self._timed(lambda: self._group.broadcast(tensor, source))
+
+    def all_to_all(
+        self, received: Tensor, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]
+    ) -> torch.futures.Future[Tensor]:
+        """Start giving each rank its part of a tensor; the future fails when the generation breaks."""
+        return self._timed(lambda: self._group.all_to_all(received, sent, received_sizes, sent_sizes))
+
+    def _timed(self, begin: Callable[[], torch.futures.Future[Tensor]]) -> torch.futures.Future[Tensor]:
         operation = self._clock.begin(time.monotonic())
-        future = self._group.all_reduce(tensor, op)
+        future = begin()
         future.add_done_callback(lambda _: self._clock.end(operation, time.monotonic()))
         return future
+
+    @property
+    def members(self) -> tuple[tuple[str, int], ...]:
+        """Of each rank, by rank: its node's id, and which of that node's workers it is, from 0."""
+        seen: dict[str, int] = {}
+        found = []
+        for place in self._assignment.places:
+            index = seen.get(place.node_id, 0)
+            seen[place.node_id] = index + 1
+            found.append((place.node_id, index))
+        return tuple(found)
+
+    @property
+    def in_step(self) -> bool:
+        """All ranks held the same state when it began, so nothing was sent."""
+        return self._assignment.in_step
 
     def wait(self, future: torch.futures.Future[Tensor]) -> Tensor:
         """The future's value; GroupBroken when the generation breaks."""
@@ -295,6 +324,14 @@ class Generation:
             with self.guarded():
                 self.wait(self.all_reduce(torch.zeros(1)))
         self._session.committed()
+
+    def add_up(self, numbers: Sequence[int]) -> list[int]:
+        """The sums over the ranks of what each gives; all ranks call it."""
+        values = torch.tensor(list(numbers), dtype=torch.int64)
+        if self.world_size > 1:
+            with self.guarded():
+                values = self.wait(self.all_reduce(values))
+        return [int(value) for value in values]
 
     def leave(self) -> None:
         """Go on to the next generation; all ranks have agreed on it."""

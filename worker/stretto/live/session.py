@@ -18,6 +18,7 @@ from stretto_proto.v1 import types_pb2
 from stretto_proto.v1.training_pb2_grpc import TrainingStub
 
 from stretto.channel import ENDPOINT_VARIABLE, parse_endpoints
+from stretto.checkpoint.background import Failed, Saved
 from stretto.errors import Fatal
 from stretto.group import BuildFailed, GroupLife, Member, Plan, Superseded, nccl
 from stretto.live.generation import Generation, StepClock
@@ -26,11 +27,12 @@ from stretto.live.state import LiveIdentity, LiveState, OnSigterm
 from stretto.process import AGENT_PID_VARIABLE, die_with_agent, end_without_teardown
 from stretto.progress_report import StepFigures
 from stretto.rendezvous.sign_in import sign_in
-from stretto.saver import Saved
 from stretto.stream import ReconnectingStream
 from stretto.termination import TerminationWatch
 
 _log = logging.getLogger(__name__)
+
+_REASON_LIMIT = 1000  # characters of a failure's reason that the controller hears
 
 
 class LiveSession:
@@ -241,16 +243,17 @@ class LiveSession:
         self._wants_save = True
 
     def take_save_wish(self) -> bool:
-        """Whether `save_soon` was called since the last time."""
-        wish, self._wants_save = self._wants_save, False
+        """Whether a checkpoint was asked for, here or by the controller, since the last time."""
+        wish = self._wants_save or self.state.save_asked
+        self._wants_save = self.state.save_asked = False
         return wish
 
-    def checkpoint_committed(self, generation: int, saved: Saved, tau: float) -> None:
+    def checkpoint_committed(self, saved: Saved) -> None:
         """Tell the controller of a checkpoint that is whole."""
         committed = types_pb2.CheckpointCommitted(
-            generation=generation,
+            generation=saved.generation,
             step=saved.step,
-            tau=tau,
+            tau=saved.tau,
             path=saved.path,
             size_bytes=saved.size_bytes,
             duration_s=saved.duration_s,
@@ -258,6 +261,13 @@ class LiveSession:
         with self._changed:
             message = self.state.checkpoint(committed)
         self._stream.send(message, latest_of="checkpoint")
+
+    def checkpoint_failed(self, failed: Failed) -> None:
+        """Tell the controller of a save that came to nothing."""
+        problem = types_pb2.CheckpointFailed(
+            generation=failed.generation, step=failed.step, reason=failed.reason[:_REASON_LIMIT]
+        )
+        self._stream.send(pb.TrainRequest(checkpoint_failed=problem), latest_of="checkpoint_failed")
 
     def close(self) -> None:
         """End the conversation, after what was said has had its time to arrive. SIGTERM is given back."""
@@ -289,10 +299,12 @@ class LiveSession:
                     raise GivenUp(self.state.give_up_reason)
                 limit_s = None
                 if self._terminated:
-                    limit_s = self._left_s + self._settings.farewell_limit_s - time.monotonic()
-                    if self.state.request is not None and self.state.request.failed:
-                        limit_s = 0.0
-                    if self._lost_after_ask or limit_s <= 0:
+                    # Who keeps a state has the watching thread's limit for the controller's word: go, or save it first.
+                    if not self.state.keeps_state:
+                        limit_s = self._left_s + self._settings.farewell_limit_s - time.monotonic()
+                        if self.state.request is not None and self.state.request.failed:
+                            limit_s = 0.0
+                    if self._lost_after_ask or (limit_s is not None and limit_s <= 0):
                         raise SystemExit(0)
                 self._changed.wait(limit_s)
             return assignment
@@ -386,9 +398,11 @@ class LiveSession:
         with self._changed:
             broken = self._generation is None or self._generation.broken
             giving_up = self.state.give_up_reason is not None
-            drain = not broken and self.state.on_sigterm() is OnSigterm.DRAIN
+            drain = self.state.on_sigterm(broken=broken) is OnSigterm.DRAIN
             message = self.state.drain() if drain else None
             self._terminated = True
+            # A connection that was lost before is no answer to this.
+            self._lost_after_ask = False
             self._changed.notify_all()
         if message is not None:
             _log.info("SIGTERM: asking the controller to drain this node")

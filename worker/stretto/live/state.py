@@ -54,9 +54,9 @@ class Leave:
 class OnSigterm(Enum):
     """What the worker does about a SIGTERM."""
 
-    # It takes part in nothing: end at once.
+    # It takes part in nothing, and has nothing to lose: end at once.
     EXIT = "exit"
-    # The node drains: train on until the step that all agree on.
+    # The node drains: train on until the step that all agree on, or wait for the controller's word if in no generation.
     DRAIN = "drain"
 
 
@@ -77,6 +77,8 @@ class LiveState:
         # The question that waits for an answer.
         self.request: pb.WorkerReady | None = None
         self.leave: Leave | None = None
+        # The controller wants a checkpoint at the next step boundary.
+        self.save_asked = False
         self.give_up_reason: str | None = None
         # The controller ended the conversation for good.
         self.refused = False
@@ -147,6 +149,8 @@ class LiveState:
             self._take(response.assignment)
         elif kind == "leave" and response.leave.generation == self.generation:
             self.leave = Leave(response.leave.reason or "the controller asked for it", response.leave.save)
+        elif kind == "save" and response.save.generation == self.generation:
+            self.save_asked = True
         elif kind == "cut" and response.cut.generation == self.generation:
             self._over_reason = response.cut.reason or "the controller cut this generation"
             return [self.alive()]
@@ -214,13 +218,19 @@ class LiveState:
         self._checkpoint = committed
         return pb.TrainRequest(checkpoint=committed)
 
-    def on_sigterm(self) -> OnSigterm:
+    @property
+    def keeps_state(self) -> bool:
+        """There are steps in this worker's memory. Whether anybody else has them only the controller knows."""
+        return self.version.step > 0
+
+    def on_sigterm(self, *, broken: bool) -> OnSigterm:
         """An agent sends SIGTERM when it ends, and when it stops workers because one of its others failed.
 
-        Only a worker in a generation that works has something to leave behind in good order.
+        broken: the generation's group does not work any more, or there is none. Who then keeps a state may be the last
+        that does: the controller says whether to save it.
         """
-        in_work = self.assignment is not None and self._over_reason is None
-        return OnSigterm.DRAIN if in_work and not self.refused else OnSigterm.EXIT
+        in_work = not broken and self.assignment is not None and self._over_reason is None
+        return OnSigterm.DRAIN if (in_work or self.keeps_state) and not self.refused else OnSigterm.EXIT
 
     def _take(self, assignment: pb.WorkerAssignment) -> None:
         if self.request is None or assignment.request_id != self.request.request_id:

@@ -57,7 +57,8 @@ class InProcessMode:
 
     def enter(self, answer: Answer, slots: int, barrier: ExitBarrier) -> RendezvousInfo:
         assert isinstance(answer, pb.StartWorkers), "a job of this mode lets nodes start workers"
-        self._start = WorkerStart(slots, self._settings.sign_in_warning_s, now_s=time.monotonic())
+        settings = self._settings
+        self._start = WorkerStart(slots, settings.sign_in_warning_s, settings.sign_in_limit_s, now_s=time.monotonic())
         # WORLD_SIZE, until the first assignment: many scripts train alone where it is 1, and would do so on each node.
         generation = types_pb2.Generation(world_size=slots * self._settings.max_nodes)
         member = types_pb2.Member(node_id=self._node_id, slots=slots)

@@ -19,8 +19,9 @@ _log = logging.getLogger(__name__)
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _JOIN_TIMEOUT_S = 600.0
 _SIGN_IN_WARNING_S = 60.0
+_SIGN_IN_LIMIT_S = 3600.0
 _MODES = ("restart", "in-process")
-_OUR_KEYS = ("reconfigure", "join_timeout", "slots", "sign_in_warning")
+_OUR_KEYS = ("reconfigure", "join_timeout", "slots", "sign_in_warning", "sign_in_limit")
 # `timeout` is put there by torch's launcher itself.
 _KNOWN_KEYS = frozenset({*_OUR_KEYS, "timeout"})
 
@@ -45,6 +46,8 @@ class AgentSettings:
     # In-process mode: a worker that has begun no session so long after its start is named in the agent's log. Large
     # models take long to import: too short a time only warns without need.
     sign_in_warning_s: float = _SIGN_IN_WARNING_S
+    # ... and the node's workers are ended and started anew after so long. Longer than anything they load at the start.
+    sign_in_limit_s: float = _SIGN_IN_LIMIT_S
 
     @property
     def job(self) -> str:
@@ -70,6 +73,7 @@ class AgentSettings:
             slots=int(_positive(params.config, "slots", 0)),
             reconfigure=mode,
             sign_in_warning_s=_positive(params.config, "sign_in_warning", _SIGN_IN_WARNING_S),
+            sign_in_limit_s=_positive(params.config, "sign_in_limit", _SIGN_IN_LIMIT_S),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -32,11 +33,15 @@ _WHAT_TO_DO = (
 class WorkerStart:
     """Who of the workers has begun a session, and how they are killed. Make it before they start."""
 
-    def __init__(self, slots: int, warn_after_s: float, *, now_s: float) -> None:
-        """warn_after_s: a worker without a session so long after the start is named, and again at twice that time."""
+    def __init__(self, slots: int, warn_after_s: float, limit_s: float, *, now_s: float) -> None:
+        """warn_after_s: a worker without a session so long after the start is named, and again at twice that time.
+
+        limit_s: then all are killed.
+        """
         self._slots = slots
         self._started_s = now_s
         self._warn_after_s = warn_after_s
+        self._limit_s = limit_s
         self._mark = secrets.token_hex(16)
         self._directory = Path(tempfile.mkdtemp(prefix="stretto-sign-in-"))
         self._present: set[int] = set()
@@ -61,6 +66,10 @@ class WorkerStart:
                     _WHAT_TO_DO,
                 )
                 self._warn_after_s = 2 * silent_s
+            if silent_s >= self._limit_s:
+                _log.error("%s hung at the start, for %.0f s: ending this node's workers", _workers(missing), silent_s)
+                self._limit_s = math.inf
+                self.kill()
 
     def objection(self) -> str | None:
         """Why the workers did not end well although all exited with 0; None if they did."""

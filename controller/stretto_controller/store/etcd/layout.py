@@ -5,11 +5,13 @@ PREFIX last_save                              request id of the latest write
 PREFIX sequence                               the highest sequence number ever given to an event
 PREFIX jobs/JOB                               marks and record, a line each
 PREFIX events/JOB/SEQUENCE                    the events of one write, a line each; SEQUENCE is the first one's
+PREFIX points/JOB/TIME                        points of the curve, a line each; TIME is the first one's, in microseconds
 PREFIX generations/JOB/INCARNATION.NUMBER     one generation's summary
 """
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from itertools import groupby
 from stretto_proto.v1 import etcd_pb2 as etcd
 
 from stretto_controller.core.model import Record
+from stretto_controller.curve import Point
 from stretto_controller.store.codec import decode, encode
 from stretto_controller.store.contents import GenerationSummary, Marks, Save, Stored, StoredEvent, StoredJob
 
@@ -62,6 +65,12 @@ class Keys:
     def all_events(self, job: str) -> tuple[bytes, bytes]:
         return self._under(f"events/{job}/")
 
+    def points(self, job: str, time_s: float) -> bytes:
+        return f"{self.prefix}points/{job}/{round(time_s * 1e6):020}".encode()
+
+    def all_points(self, job: str) -> tuple[bytes, bytes]:
+        return self._under(f"points/{job}/")
+
     def all_generations(self, job: str) -> tuple[bytes, bytes]:
         return self._under(f"generations/{job}/")
 
@@ -94,6 +103,7 @@ class Layout:
         jobs: dict[str, tuple[Record, Marks]] = {}
         events: dict[str, list[StoredEvent]] = {}
         generations: dict[str, list[GenerationSummary]] = {}
+        points: dict[str, dict[float, Point]] = {}
         last_sequence = 0
         for key, value in pairs:
             kind, _, rest = key.decode().removeprefix(self._keys.prefix).partition("/")
@@ -106,6 +116,8 @@ class Layout:
                 chunk = [decode(StoredEvent, line) for line in lines]
                 events.setdefault(job, []).extend(chunk)
                 self._of(job).events.append((chunk[0].sequence, len(chunk)))
+            elif kind == "points":
+                points.setdefault(job, {}).update((point.time_s, point) for point in map(_point, lines))
             elif kind == "generations":
                 summary = decode(GenerationSummary, lines[0])
                 generations.setdefault(job, []).append(summary)
@@ -117,6 +129,7 @@ class Layout:
                     marks,
                     tuple(events.get(name, ())[-self._kept_events :]),
                     tuple(generations.get(name, ())),
+                    tuple(points.get(name, {}).values()),
                 )
                 for name, (record, marks) in jobs.items()
             ),
@@ -137,7 +150,8 @@ class Layout:
     def _job(self, job: str, saves: list[Save], puts: dict[bytes, bytes], deletes: list[tuple[bytes, bytes]]) -> None:
         if saves[-1].forget:
             self._kept.pop(job, None)
-            deletes += [(self._keys.job(job), b""), self._keys.all_events(job), self._keys.all_generations(job)]
+            ranges = (self._keys.all_events(job), self._keys.all_generations(job), self._keys.all_points(job))
+            deletes += [(self._keys.job(job), b""), *ranges]
             return
         latest = next((save for save in reversed(saves) if save.record is not None), None)
         if latest is not None:
@@ -147,6 +161,7 @@ class Layout:
             self._of(job).events.append((events[0].sequence, len(events)))
             puts[self._keys.events(job, events[0].sequence)] = "\n".join(map(encode, events)).encode()
             deletes += self._too_old_events(job)
+        self._points(job, saves, puts, deletes)
         generations = {summary.key: summary for save in saves for summary in save.generations}
         if generations:
             known = self._of(job).generations
@@ -155,6 +170,20 @@ class Layout:
             for key, summary in generations.items():
                 if key >= known[0]:
                     puts[self._keys.generation(job, key)] = encode(summary).encode()
+
+    def _points(
+        self, job: str, saves: list[Save], puts: dict[bytes, bytes], deletes: list[tuple[bytes, bytes]]
+    ) -> None:
+        anew = max((index for index, save in enumerate(saves) if save.points_anew), default=-1)
+        points = [point for save in saves[max(anew, 0) :] for point in save.points]
+        start, end = self._keys.all_points(job)
+        if points:
+            key = self._keys.points(job, points[0].time_s)
+            puts[key] = "\n".join(json.dumps(point) for point in points).encode()
+            if anew >= 0:
+                deletes += [(start, key), (key + b"\0", end)]
+        elif anew >= 0:
+            deletes.append((start, end))
 
     def _too_old_events(self, job: str) -> list[tuple[bytes, bytes]]:
         chunks = self._of(job).events
@@ -200,9 +229,13 @@ def _delete(start: bytes, end: bytes) -> etcd.EtcdRequestOp:
     return etcd.EtcdRequestOp(request_delete_range=etcd.EtcdDeleteRangeRequest(key=start, range_end=end))
 
 
+def _point(line: str) -> Point:
+    return Point(*map(float, json.loads(line)))
+
+
 def _size_bytes(save: Save) -> int:
     """Roughly, and rather too much than too little."""
     nodes = len(save.record.nodes) if save.record is not None else 0
     members = sum(len(summary.generation.members) for summary in save.generations)
     reasons = sum(200 + 4 * len(event.reason) for event in save.events)
-    return 1000 + 800 * nodes + 300 * members + reasons
+    return 1000 + 800 * nodes + 300 * members + reasons + 250 * len(save.points)

@@ -1,0 +1,98 @@
+"""Ranks in processes of their own: an FSDP2 model, or a DDP one, that trains the same at any number of them."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import socket
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from stretto.checkpoint import Checkpointer, CheckpointSettings
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+BATCH = 24  # samples per step over all ranks; each of 1..4, 6 and 8 ranks has an equal part
+
+
+def make_state(mode: str, world_size: int) -> dict[str, Any]:
+    """mode: plain, ddp, fsdp, or hsdp (two replicas of shards)."""
+    torch.manual_seed(3)
+    model: nn.Module = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1)).double()
+    if mode == "ddp":
+        model = DistributedDataParallel(model)
+    elif mode in ("fsdp", "hsdp"):
+        shape = (world_size,) if mode == "fsdp" else (2, world_size // 2)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+        fully_shard(model[0], mesh=mesh)  # type: ignore[index]  # a Sequential
+        fully_shard(model, mesh=mesh)
+    return {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), lr=0.02)}
+
+
+def step(state: dict[str, Any], number: int, rank: int, world_size: int) -> float:
+    """One step on this rank's part of a batch that follows from its number; the loss over all of it."""
+    generator = torch.Generator().manual_seed(number)
+    inputs = torch.randn(BATCH, 5, generator=generator, dtype=torch.float64)
+    size = BATCH // world_size
+    mine = inputs[rank * size : (rank + 1) * size]
+    state["optimizer"].zero_grad()
+    loss: Tensor = (state["model"](mine) - mine.sum(dim=1, keepdim=True).sin()).square().mean()
+    loss.backward()  # type: ignore[no-untyped-call]  # torch's own
+    state["optimizer"].step()
+    total = loss.detach().clone()
+    if world_size > 1:
+        dist.all_reduce(total)
+    return float(total) / world_size
+
+
+def work(mode: str, rank: int, world_size: int, folder: Path, steps: tuple[int, int], save: bool) -> dict[str, Any]:
+    state = make_state(mode, world_size)
+    checkpointer = Checkpointer(folder, settings=CheckpointSettings(part_bytes=150))
+    info = checkpointer.load_latest(state) if folder.exists() else None
+    losses = [step(state, number, rank, world_size) for number in range(*steps)]
+    path = checkpointer.save(state, step=steps[1]) if save else None
+    return {"resumed": info.step if info else 0, "losses": losses, "path": path}
+
+
+def _main(mode: str, rank: int, world_size: int, port: int, folder: Path, steps: tuple[int, int], save: bool) -> None:
+    torch.set_num_threads(1)
+    output = folder.with_name(f"{folder.name}-rank-{rank}.json")
+    try:
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+        output.write_text(json.dumps(work(mode, rank, world_size, folder, steps, save)))
+        dist.destroy_process_group()
+    except Exception:  # noqa: BLE001  (the parent process shows it)
+        output.write_text(json.dumps({"error": traceback.format_exc()}))
+        os._exit(1)
+
+
+def on_processes(mode: str, world_size: int, folder: Path, steps: tuple[int, int], *, save: bool) -> dict[str, Any]:
+    """What rank 0 found: the step that it went on from, and the losses of the steps that follow."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["saving.fsdp_ranks"])
+    processes = [
+        context.Process(target=_main, args=(mode, rank, world_size, port, folder, steps, save), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(100)
+    results = [
+        json.loads(folder.with_name(f"{folder.name}-rank-{rank}.json").read_text()) for rank in range(world_size)
+    ]
+    errors = [result["error"] for result in results if "error" in result]
+    assert not errors, errors[0]
+    assert all(result["losses"] == results[0]["losses"] for result in results)
+    found: dict[str, Any] = random.choice(results)
+    return found

@@ -1,0 +1,90 @@
+"""The tree on the gradients themselves, for the few layers whose Gram matrix does not say enough.
+
+Where gradients cancel to almost nothing, the norm of what is left over is lost in the rounding of the Gram matrix;
+and squares of float64 values above 1e154 overflow. Then each level is computed from vectors, with a small sum over the
+ranks per level.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from stretto.adasum.kernels import Rows
+from stretto.adasum.segments import Indices, Part
+from stretto.adasum.transport import Transport
+from stretto.adasum.tree import (
+    SMALLEST_SQR_NORM,
+    Floats,
+    Leaves,
+    Level,
+    coefficients,
+    leaf_counts,
+    leaf_weights,
+    levels,
+    merged_counts,
+)
+
+
+def refine(rows: Rows, part: Part, layers: Indices, leaves: Leaves, transport: Transport, out: Tensor) -> Floats:
+    """Overwrite these layers' elements in `out`, this rank's shard; returns |adasum|^2 of each layer.
+
+    Every rank calls this with the same layers, whether or not its shard has elements of them.
+    """
+    where = {int(layer): index for index, layer in enumerate(part.layers)}
+    places = [_place(part, where.get(int(layer))) for layer in layers]
+    wide = [np.stack([row[place].double().cpu().numpy() for row in rows]) for place in places]
+    powers = _powers(wide, transport)
+    first = leaf_weights(leaves, transport.world_size)
+    with np.errstate(all="ignore"):
+        nodes = [first @ np.ldexp(each, -power) for each, power in zip(wide, powers, strict=True)]
+    counts = leaf_counts(leaves)
+    with np.errstate(all="ignore"):
+        smallest = np.ldexp(SMALLEST_SQR_NORM, -2 * powers)
+        for level in levels(len(leaves)):
+            pairs = tuple(members for members in level if len(members) == 2)
+            dots = np.stack([_dots(each, pairs) for each in nodes])
+            transport.sum_(dots)
+            factors = [_factors(dots[:, index], counts[a], counts[b], smallest) for index, (a, b) in enumerate(pairs)]
+            nodes = [
+                np.stack(
+                    [
+                        each[members[0]]
+                        if len(members) == 1
+                        else factors[index][0][layer] * each[members[0]] + factors[index][1][layer] * each[members[1]]
+                        for index, members in enumerate(level)
+                    ]
+                )
+                for layer, each in enumerate(nodes)
+            ]
+            counts = merged_counts(counts, level)
+        results = [np.ldexp(each[0], power) for each, power in zip(nodes, powers, strict=True)]
+        squares = np.array([each @ each for each in results])
+    transport.sum_(squares)
+    for place, result in zip(places, results, strict=True):
+        out[place] = out.new_tensor(result)
+    return squares
+
+
+def _place(part: Part, index: int | None) -> slice:
+    """Where a layer is in this rank's shard."""
+    return slice(0, 0) if index is None else slice(int(part.bounds[index]), int(part.bounds[index + 1]))
+
+
+def _powers(wide: list[Floats], transport: Transport) -> Indices:
+    """Per layer the power of two above its largest magnitude on any rank; 0 where that is no finite number."""
+    largest = np.array([np.abs(each).max(initial=0.0) for each in wide])
+    transport.max_(largest)
+    _, powers = np.frexp(largest)
+    return np.where(np.isfinite(largest), powers, 0).astype(np.int64)
+
+
+def _factors(dots: Floats, leaves_a: float, leaves_b: float, smallest: Floats) -> tuple[Floats, Floats]:
+    return coefficients(dots[:, 0], dots[:, 1], dots[:, 2], leaves_a, leaves_b, smallest=smallest)
+
+
+def _dots(nodes: Floats, pairs: Level) -> Floats:
+    """[pairs, 3]: a.b, |a|^2, |b|^2 over this rank's elements."""
+    return np.array([
+        [nodes[a] @ nodes[b], nodes[a] @ nodes[a], nodes[b] @ nodes[b]] for a, b in pairs
+    ])  # fmt: skip

@@ -1,0 +1,130 @@
+"""Adasum's tree for any number of leaves: who is combined with whom, and with which coefficients (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+# The ranks of each leaf, whose mean it is: one rank, or those of one node.
+Leaves = tuple[tuple[int, ...], ...]
+
+# Of one level: the nodes of the level below that make up each node, one or two of them.
+Level = tuple[tuple[int, ...], ...]
+
+# sqrt(DBL_MIN): below it a squared norm is no divisor any more, and the coefficient is 1.
+SMALLEST_SQR_NORM = float(np.sqrt(np.finfo(np.float64).tiny))
+
+# A combined vector that is so much shorter than its parts (squared) is mostly rounding when its norm comes from a Gram
+# matrix: float64 keeps 1e-15 of the parts' squares, and 1e-6 of the vector's own is asked for.
+_CANCELLED = 1e-9
+
+
+def single_ranks(world_size: int) -> Leaves:
+    """Every rank is a leaf, in the order of the ranks."""
+    return tuple((rank,) for rank in range(world_size))
+
+
+def levels(leaves: int) -> list[Level]:
+    """From the leaves to the root. Powers of two: a balanced tree of neighbours, which is Horovod's order.
+
+    Any other number is brought to the power of two below it by pairing as many of the first ones as are too many.
+    """
+    slots = 1 << (leaves.bit_length() - 1)
+    surplus = leaves - slots
+    found: list[Level] = []
+    if surplus:
+        pairs = tuple((2 * index, 2 * index + 1) for index in range(surplus))
+        found.append(pairs + tuple((index,) for index in range(2 * surplus, leaves)))
+    while slots > 1:
+        slots //= 2
+        found.append(tuple((2 * index, 2 * index + 1) for index in range(slots)))
+    return found
+
+
+def coefficients(
+    dots: Floats,
+    sqr_a: Floats,
+    sqr_b: Floats,
+    leaves_a: Floats | float,
+    leaves_b: Floats | float,
+    *,
+    smallest: Floats | float = SMALLEST_SQR_NORM,
+) -> tuple[Floats, Floats]:
+    """The factors of a and b in adasum(a, b), elementwise; `leaves_*`: how many gradients each stands for.
+
+    With equally many leaves it is the paper's formula (Maleki et al. 2020, equation 2).
+    """
+    with np.errstate(all="ignore"):
+        of_a = dots / np.where(sqr_a < smallest, np.inf, sqr_a)
+        of_b = dots / np.where(sqr_b < smallest, np.inf, sqr_b)
+        share = leaves_a / (leaves_a + leaves_b)
+        return 1.0 - share * of_a, 1.0 - (1.0 - share) * of_b
+
+
+def leaf_weights(leaves: Leaves, world_size: int) -> Floats:
+    """[leaves, ranks]: each leaf as a mean of ranks."""
+    weights = np.zeros((len(leaves), world_size))
+    for index, ranks in enumerate(leaves):
+        weights[index, list(ranks)] = 1.0 / len(ranks)
+    return weights
+
+
+def leaf_counts(leaves: Leaves) -> Floats:
+    """[leaves]: the gradients that each stands for, so that parallel ones give the mean over all ranks."""
+    return np.array([len(ranks) for ranks in leaves], dtype=np.float64)
+
+
+def merged_counts(counts: Floats, level: Level) -> Floats:
+    return np.array([sum(counts[index] for index in members) for members in level])
+
+
+def rank_weights(grams: Floats, leaves: Leaves) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """[layers, ranks]: the factor of each rank's gradient in the result; and which layers have to be done again.
+
+    `grams` [layers, ranks, ranks]: the dot products of the ranks' gradients. The tree is run on vectors of factors,
+    whose norms and dot products follow from the Gram matrix: exact to about 1e-15 of the parts. Where parts cancelled
+    to far less than that, or the squares overflowed, the layer is marked.
+    """
+    layers, world_size, _ = grams.shape
+    counts = leaf_counts(leaves)
+    parts = np.broadcast_to(leaf_weights(leaves, world_size), (layers, len(leaves), world_size))
+    with np.errstate(all="ignore"):
+        lengths = np.sqrt(np.diagonal(grams, axis1=1, axis2=2))
+        marked = ~np.isfinite(lengths).all(axis=1)
+        inner = grams if leaves == single_ranks(world_size) else parts @ grams @ parts.transpose(0, 2, 1)
+        for level in levels(len(leaves)):
+            step = _step_weights(inner, level, counts)
+            counts = merged_counts(counts, level)
+            parts = step @ parts
+            inner = step @ inner @ step.transpose(0, 2, 1)
+            if len(level) > 1:
+                longest = (np.abs(parts) @ lengths[:, :, None])[:, :, 0] ** 2
+                short = np.diagonal(inner, axis1=1, axis2=2) < _CANCELLED * longest
+                marked = marked | (short & (longest > SMALLEST_SQR_NORM)).any(axis=1)
+    weights: Floats = parts[:, 0, :]
+    return weights, np.asarray(marked)
+
+
+def _step_weights(inner: Floats, level: Level, counts: Floats) -> Floats:
+    """[layers, nodes of this level, nodes below]."""
+    weights = np.zeros((inner.shape[0], len(level), inner.shape[1]))
+    single = [(index, members[0]) for index, members in enumerate(level) if len(members) == 1]
+    double = [(index, *members) for index, members in enumerate(level) if len(members) == 2]
+    for index, member in single:
+        weights[:, index, member] = 1.0
+    above, first, second = _columns(double)
+    diagonal = np.diagonal(inner, axis1=1, axis2=2)
+    of_first, of_second = coefficients(
+        inner[:, first, second], diagonal[:, first], diagonal[:, second], counts[first], counts[second]
+    )
+    weights[:, above, first] = of_first
+    weights[:, above, second] = of_second
+    return weights
+
+
+def _columns(rows: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    return [list(column) for column in zip(*rows, strict=True)]

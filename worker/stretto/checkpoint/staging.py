@@ -1,0 +1,92 @@
+"""The copy of a state that is written while training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+
+from stretto.checkpoint.index import Index
+from stretto.checkpoint.parts import Part, box_of, dtype_of, size_of
+
+_WORTH_THREADS_BYTES = 16 << 20
+
+
+class Staging:
+    """One rank's buffer in host memory, used again for each save; it grows when the state does."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def copy(self, plan: SavePlan, planner: SavePlanner, index: Index) -> Staged:
+        """Take what the planner has, laid out as the plan's files; accelerators are waited for once.
+
+        index: what belongs into this rank's index beside the files.
+        """
+        parts: Sequence[Part] = plan.storage_data
+        placed = [
+            (item, part.begin + start) for part in parts for item, start in zip(part.items, part.starts, strict=True)
+        ]
+        sources = [planner.resolve_data(item) for item, _ in placed]
+        pinned = any(isinstance(source, Tensor) and source.is_cuda for source in sources)
+        self._reserve(parts[-1].end if parts else 0, pinned=pinned)
+        views: dict[int, Tensor] = {}
+        for item, begin in placed:
+            views[id(item)] = self._buffer[begin : begin + size_of(item)].view(dtype_of(item)).view(box_of(item)[1])
+        pairs = list(zip(views.values(), sources, strict=True))
+        if pinned or sum(view.nbytes for view, _ in pairs) < _WORTH_THREADS_BYTES:
+            _copy_all(pairs)  # an accelerator's stream is this thread's
+        else:
+            self._copy_in_threads(pairs)
+        if pinned:
+            torch.cuda.synchronize()
+        return Staged(plan, views, index)
+
+    def _copy_in_threads(self, pairs: list[tuple[Tensor, Any]]) -> None:
+        """Several read memory faster than one; each has about as much to do."""
+        ordered = sorted(pairs, key=lambda pair: -pair[0].nbytes)
+        with ThreadPoolExecutor(self._threads, "stretto-copy") as pool:
+            list(pool.map(_copy_all, [ordered[number :: self._threads] for number in range(self._threads)]))
+
+    def _reserve(self, size_bytes: int, *, pinned: bool) -> None:
+        if self._buffer.numel() < size_bytes or (pinned and not self._buffer.is_pinned()):
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one goes first
+            self._buffer = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=pinned)
+
+
+def _copy_all(pairs: list[tuple[Tensor, Any]]) -> None:
+    for view, source in pairs:
+        assert isinstance(source, Tensor), "only tensors are planned"
+        view.copy_(source, non_blocking=True)
+
+
+class Staged(SavePlanner):
+    """A plan that is settled, and the values that it had: what DCP's storage writers take in the background."""
+
+    def __init__(self, plan: SavePlan, views: dict[int, Tensor], index: Index) -> None:
+        self._plan = plan
+        self._views = views
+        self._index = index
+
+    def set_up_planner(
+        self, state_dict: dict[str, Tensor], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
+        """There is nothing to prepare."""
+
+    def create_local_plan(self) -> SavePlan:
+        return self._plan
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return all_plans, Metadata({}, planner_data=self._index)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        return self._views[id(write_item)]

@@ -1,0 +1,148 @@
+"""What `stretto top` shows, from what the controller said: no clock, no terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from stretto_proto.v1 import jobs_pb2
+
+SORTS = ("name", "phase", "left", "rate")
+_BARS = "▁▂▃▄▅▆▇█"
+_STYLES = {"running": "green", "succeeded": "green", "failed": "red", "paused": "cyan"}
+_EVENTS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Everything on the screen. selected: a job's name; asking: a question that waits for an answer."""
+
+    jobs: Sequence[jobs_pb2.Job] = ()
+    # By job: recent values of d(tau)/dt, oldest first.
+    rates: Mapping[str, Sequence[float]] | None = None
+    events: Sequence[jobs_pb2.Event] = ()
+    selected: str = ""
+    sort: str = "name"
+    asking: str = ""
+    # The latest answer, or why there is none.
+    told: str = ""
+    failed: bool = False
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The latest `width` values as bars between 0 and the largest; what is not a finite number is a gap."""
+    shown = values[-width:]
+    most = max((value for value in shown if math.isfinite(value)), default=0.0)
+    if most <= 0:
+        return "".join(_BARS[0] if math.isfinite(value) else " " for value in shown)
+    return "".join(
+        _BARS[min(len(_BARS) - 1, max(0, int(value / most * len(_BARS))))] if math.isfinite(value) else " "
+        for value in shown
+    )
+
+
+def ordered(jobs: Sequence[jobs_pb2.Job], sort: str) -> list[jobs_pb2.Job]:
+    """By the chosen column, then by name. Jobs whose remaining time is unknown come last."""
+
+    def key(job: jobs_pb2.Job) -> tuple[str, float]:
+        match sort:
+            case "phase":
+                return (job.phase, 0.0)
+            case "left":
+                return ("", job.remaining_s if job.remaining_s >= 0 else math.inf)
+            case "rate":
+                return ("", -job.progress_rate)
+        return ("", 0.0)
+
+    return sorted(jobs, key=lambda job: (key(job), job.name))
+
+
+def duration(seconds: float) -> str:
+    """At most six characters."""
+    if seconds < 0:
+        return "-"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.0f} h" if seconds < 360_000 else f"{seconds / 86400:.0f} d"
+
+
+def draw(picture: Picture, width: int) -> RenderableType:
+    """The whole screen, for a terminal of that width; 80 columns hold everything."""
+    parts: list[RenderableType] = [_table(picture, width)]
+    chosen = next((job for job in picture.jobs if job.name == picture.selected), None)
+    if chosen is not None:
+        parts += [Text(), *_details(chosen, picture, width)]
+    if picture.told:
+        parts += [Text(), Text(picture.told, style="red" if picture.failed else "green")]
+    if picture.asking:
+        parts += [Text(), Text(picture.asking, style="bold yellow")]
+    return Group(*parts)
+
+
+def keys_line(sort: str) -> Text:
+    return Text(
+        f"↑ ↓ job   s sort: {sort}   + - scale   p pause/resume   q quit",
+        style="dim",
+        no_wrap=True,
+        overflow="ellipsis",
+    )
+
+
+def _table(picture: Picture, width: int) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", width=width, padding=(0, 1, 0, 0))
+    table.add_column("job", ratio=1, no_wrap=True, overflow="ellipsis", min_width=8)
+    table.add_column("phase", no_wrap=True, width=9, overflow="ellipsis")
+    for heading, columns in (("nodes", 6), ("S", 4), ("gain", 5), ("tau", 13), ("left", 7)):
+        table.add_column(heading, justify="right", no_wrap=True, width=columns, overflow="ellipsis")
+    table.add_column("d(tau)/dt", no_wrap=True, width=18)
+    rates = picture.rates or {}
+    for job in ordered(picture.jobs, picture.sort):
+        active = sum(1 for node in job.nodes if node.state == "active")
+        target = f"/{job.spec.target_tau:.0f}" if job.spec.target_tau else ""
+        table.add_row(
+            # Text, not markup: names come from other machines.
+            Text(job.name),
+            Text(job.phase, style=_STYLES.get(job.phase, "yellow")),
+            f"{active}/{job.desired_nodes}",
+            f"{job.generation.scale:g}" if job.generation.scale else "-",
+            f"{job.progress.gain:.2f}" if job.progress.step else "-",
+            f"{job.progress.tau:.0f}{target}" if job.progress.step else "-",
+            duration(job.remaining_s),
+            Text(f"{job.progress_rate:6.4g} {sparkline(rates.get(job.name, ()), 11)}"),
+            style="reverse" if job.name == picture.selected else "",
+        )
+    if not picture.jobs:
+        table.add_row(Text("no jobs", style="dim"))
+    return table
+
+
+def _details(job: jobs_pb2.Job, picture: Picture, width: int) -> list[RenderableType]:
+    lines: list[RenderableType] = [Text(f"{job.name}: {job.reason}", style="bold", no_wrap=True, overflow="ellipsis")]
+    if job.progress.step:
+        rates = " ".join(f"{rate:.3g}" for rate in job.progress.effective_lr[:3])
+        bases = " ".join(f"{rate:.3g}" for rate in job.progress.base_lr[:3])
+        lines.append(
+            Text(
+                f"step {job.progress.step}   loss {job.progress.loss:.4g}   lr {rates} (base {bases})   "
+                f"generation {job.generation.number}",
+                no_wrap=True,
+                overflow="ellipsis",
+            )
+        )
+    for node in job.nodes:
+        heard = f"heard {node.silent_s:.1f} s ago" if node.connected else "not connected"
+        rank = f"rank {node.node_rank}" if node.node_rank >= 0 else ""
+        text = f"  {node.node_id:<30.30} {node.state:<9} {rank:<8} {node.slots} slots   {heard}"
+        style = "" if node.connected else "red"
+        lines.append(Text(text[:width], style=style, no_wrap=True, overflow="ellipsis"))
+    lines += [
+        Text(f"  {event.kind.replace('_', ' ')}: {event.reason}", style="dim", no_wrap=True, overflow="ellipsis")
+        for event in picture.events[-_EVENTS:]
+    ]
+    return lines
