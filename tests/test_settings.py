@@ -41,6 +41,7 @@ def test_each_kind_of_value_is_read_from_the_environment() -> None:
         ({"STRETTO_SERVICE_MAX_JOBS": "-1"}, "max_jobs is -1; it must be finite and above 0"),
         ({"STRETTO_SERVICE_TICK_INTERVAL_S": "nan"}, "tick_interval_s is nan"),
         ({"STRETTO_INSECURE": "perhaps"}, "STRETTO_INSECURE is 'perhaps'; it must be true or false"),
+        ({"STRETTO_LOG_FORMAT": "xml"}, "log_format is 'xml'; it must be one of console, json"),
         ({"STRETTO_STORE": "redis"}, "store is 'redis'; it must be one of sqlite, etcd"),
         ({"STRETTO_ETCD_ENDPOINTS": "etcd.example"}, "etcd.endpoints is 'etcd.example'; give HOST:PORT"),
         ({"STRETTO_ETCD_PREFIX": "stretto"}, "it must begin and end with /"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from stretto_controller import logs
 from stretto_controller.settings import read_settings
 
 
@@ -39,6 +39,7 @@ def controller(
     insecure: Annotated[
         bool | None, typer.Option("--insecure", help="Serve other machines without TLS or without tokens.")
     ] = None,
+    log_format: Annotated[str | None, typer.Option(help="console, or json: one object a line. [console]")] = None,
     ready_file: Annotated[Path | None, typer.Option(help="Written once serving: addresses and pid, JSON.")] = None,
     config: Annotated[Path | None, typer.Option(help="Settings file, TOML.", envvar="STRETTO_CONFIG")] = None,
 ) -> None:
@@ -61,13 +62,14 @@ def controller(
             "tokens": tokens,
         },
         "insecure": insecure,
+        "log_format": log_format,
         "ready_file": ready_file,
     }
     try:
         settings = read_settings(flags, os.environ, config)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.set_up(settings.log_format)
     try:
         # Late: `stretto --help` and this command's own help must not wait for gRPC and FastAPI.
         from stretto_controller.serve import serve

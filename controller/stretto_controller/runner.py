@@ -317,4 +317,5 @@ class Runner:
             job.logged_reason = release.reason
             record = release.state.record
             number = record.generation.number if record.generation else 0
-            _log.info("job %s, generation %d, %s: %s", job.name, number, record.phase.value, release.reason)
+            fields = {"job": job.name, "generation": number, "phase": record.phase.value, "reason": release.reason}
+            _log.info("job %(job)s, generation %(generation)d, %(phase)s: %(reason)s", fields, extra=fields)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from stretto_controller import logs
 from stretto_controller.core.limits import Limits
 
 _ENVIRONMENT_PREFIX = "STRETTO_"
@@ -138,6 +139,8 @@ class Settings:
     store: str = "sqlite"
     # Serve beyond this machine without tokens or without TLS.
     insecure: bool = False
+    # console, or json: one object a line.
+    log_format: str = logs.CONSOLE
     # Written, whole, once both ports serve.
     ready_file: Path | None = None
     # HOST[:PORT] at which others reach this controller's gRPC port, told to those who ask a follower.
@@ -157,6 +160,8 @@ class Settings:
             raise ValueError(f"grpc_port and http_port are both {self.grpc_port}; give two different ports")
         if self.store not in _STORES:
             raise ValueError(f"store is {self.store!r}; it must be one of {', '.join(_STORES)}")
+        if self.log_format not in logs.FORMATS:
+            raise ValueError(f"log_format is {self.log_format!r}; it must be one of {', '.join(logs.FORMATS)}")
         self.security.validate()
         safe = self.security.tls_cert is not None and self.security.tokens is not None
         if not self.insecure and not safe and not is_loopback(self.host):
