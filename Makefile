@@ -25,7 +25,8 @@ $(GENERATORS): proto/requirements.txt tools/make_venv.sh
 	touch $@
 
 $(TOOLS): tools/debian_packages.sh | $(STAMP)
-	tools/debian_packages.sh ip=iproute2 prometheus=prometheus promtool=prometheus chromium=chromium
+	tools/debian_packages.sh ip=iproute2 prometheus=prometheus promtool=prometheus chromium=chromium \
+	  etcd=etcd-server openssl=openssl
 	touch $@
 
 demo: $(STAMP) ## train a small CNN on MNIST while nodes come, die and drain (under 4 minutes)

@@ -46,6 +46,9 @@ class ScriptedJobs(rpc.JobsServicer):
             context.abort(grpc.StatusCode.NOT_FOUND, f"there is no job {request.job!r}; known: digits")
         return self.job
 
+    def GetController(self, request: Any, context: Any) -> pb.GetControllerResponse:
+        return pb.GetControllerResponse()
+
     def ListJobs(self, request: Any, context: Any) -> pb.ListJobsResponse:
         return pb.ListJobsResponse(jobs=[self.job])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,9 +27,10 @@ from stretto_controller.core.events import (
     WorkerLeft,
 )
 from stretto_controller.core.model import JobSpec, Mode, Phase, WorkerReady
+from stretto_controller.logs import JsonLines
 from stretto_controller.runner import Unavailable
 from stretto_controller.sessions import Overflow, Replaced
-from stretto_controller.store.contents import Marks, Stored, StoredJob
+from stretto_controller.store.contents import Leader, Marks, Stored, StoredJob
 
 PAIR = JobSpec(min_nodes=2, max_nodes=2, mode=Mode.RESTART)
 
@@ -277,6 +279,34 @@ async def test_each_change_of_reason_is_one_log_line(bench: Bench, caplog: pytes
             bench.runner.submit("a", NodeHeartbeat("n0", "a-n0"))
             bench.runner.submit("a", Tick())
     assert [record.message for record in caplog.records] == ["job a, generation 1, running: started with 1 node"]
+    line = json.loads(JsonLines().format(caplog.records[0]))
+    assert line.pop("time").endswith("+00:00")
+    assert line == {
+        "level": "info",
+        "logger": "stretto.controller",
+        "message": "job a, generation 1, running: started with 1 node",
+        "job": "a",
+        "generation": 1,
+        "phase": "running",
+        "reason": "started with 1 node",
+    }
+
+
+async def test_a_leader_that_lost_the_lead_sends_nothing_and_names_the_next_one(bench: Bench) -> None:
+    stream = bench.join("a", "n0")
+    other = Leader("10.0.0.2:29400", "http://10.0.0.2:8080")
+    # As after a SIGSTOP: the save was acknowledged, and meanwhile another took the lead.
+    bench.store.led_by = other
+    await bench.store.finish()
+    assert await stream.sent() == []
+    assert not bench.runner.ready
+    with pytest.raises(Unavailable, match=r"the one at 10\.0\.0\.2:29400 does") as refused:
+        bench.runner.submit("a", PauseRequested())
+    assert refused.value.leader == other
+    bench.runner.lose("its lease has ended")
+    assert bench.runner.failed.is_set()
+    with pytest.raises(Unavailable, match="its lease has ended"):
+        bench.runner.submit("a", PauseRequested())
 
 
 class _Wakes:

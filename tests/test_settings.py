@@ -41,9 +41,17 @@ def test_each_kind_of_value_is_read_from_the_environment() -> None:
         ({"STRETTO_SERVICE_MAX_JOBS": "-1"}, "max_jobs is -1; it must be finite and above 0"),
         ({"STRETTO_SERVICE_TICK_INTERVAL_S": "nan"}, "tick_interval_s is nan"),
         ({"STRETTO_INSECURE": "perhaps"}, "STRETTO_INSECURE is 'perhaps'; it must be true or false"),
+        ({"STRETTO_LOG_FORMAT": "xml"}, "log_format is 'xml'; it must be one of console, json"),
         ({"STRETTO_STORE": "redis"}, "store is 'redis'; it must be one of sqlite, etcd"),
-        ({"STRETTO_STORE": "etcd"}, "does not have yet; use --store sqlite"),
-        ({"STRETTO_HOST": "0.0.0.0"}, "neither TLS nor credentials"),
+        ({"STRETTO_ETCD_ENDPOINTS": "etcd.example"}, "etcd.endpoints is 'etcd.example'; give HOST:PORT"),
+        ({"STRETTO_ETCD_PREFIX": "stretto"}, "it must begin and end with /"),
+        ({"STRETTO_ETCD_USER": "root"}, "etcd.user and etcd.password_file belong together"),
+        ({"STRETTO_ETCD_KEY": "x"}, "etcd.cert and etcd.key belong together"),
+        ({"STRETTO_ETCD_LEASE_S": "1"}, "etcd.lease_s is 1; it must be between 2 and 60"),
+        ({"STRETTO_HOST": "0.0.0.0"}, "give --tls-cert, --tls-key and --tokens"),
+        ({"STRETTO_HOST": "0.0.0.0", "STRETTO_SECURITY_TOKENS": "x"}, "give --tls-cert, --tls-key and --tokens"),
+        ({"STRETTO_SECURITY_TLS_KEY": "x"}, "tls_cert and tls_key belong together"),
+        ({"STRETTO_SECURITY_TLS_CLIENT_CA": "x"}, "tls_client_ca needs tls_cert and tls_key"),
     ],
 )
 def test_a_bad_value_says_what_was_given_and_what_is_allowed(environment: dict[str, str], message: str) -> None:
@@ -54,7 +62,7 @@ def test_a_bad_value_says_what_was_given_and_what_is_allowed(environment: dict[s
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("grpc_prot = 1", "unknown settings grpc_prot; known here: data_dir, grpc_port"),
+        ("grpc_prot = 1", "unknown settings grpc_prot; known here: advertise, data_dir"),
         ("[limits]\nsettle = 1", "unknown settings settle; known here: "),
         ("limits = 1", "limits in .* is 1; it must be a table"),
         ("grpc_port = ", "cannot read the settings file"),

@@ -33,7 +33,7 @@ from stretto_controller.ledger import Job, Moment, Release
 from stretto_controller.sessions import Sessions
 from stretto_controller.settings import ServiceLimits
 from stretto_controller.snapshot import JobView
-from stretto_controller.store.contents import Save, Store, StoreError
+from stretto_controller.store.contents import Leader, Save, Store, Stored, StoreError
 
 _log = logging.getLogger("stretto.controller")
 
@@ -44,7 +44,11 @@ _SHORTEST_WAIT_S = 0.005
 
 
 class Unavailable(Exception):
-    """This controller decides nothing any more: it stops, or it could not save. Ask again after its restart."""
+    """This controller decides nothing: it stops, it could not save, or another one leads, at `leader`."""
+
+    def __init__(self, message: str, leader: Leader | None = None) -> None:
+        super().__init__(message)
+        self.leader = leader or Leader()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ class Clocks:
 
 
 class Runner:
-    """All jobs of one controller. Everything here runs on the event loop's thread."""
+    """All jobs of one controller, for one term of its lead. Everything here runs on the event loop's thread."""
 
     def __init__(self, store: Store, service: ServiceLimits, limits: Limits, *, clocks: Clocks | None = None) -> None:
         self.sessions = Sessions()
@@ -72,12 +76,13 @@ class Runner:
         self._jobs: dict[str, Job] = {}
         self._last_sequence = 0
         self._running = False
+        self._started = False
         # Each job's latest save that is not done.
         self._saves: dict[str, asyncio.Future[None]] = {}
 
-    def start(self) -> None:
-        """Load what was saved and tell each job that the controller is back. Raises StoreError."""
-        stored = self._store.load()
+    def start(self, stored: Stored) -> None:
+        """Go on from what was saved, and tell each job that the controller is back: this one leads now."""
+        self._started = True
         self._last_sequence = stored.last_sequence
         self._running = True
         for kept in stored.jobs:
@@ -102,7 +107,31 @@ class Runner:
 
     @property
     def ready(self) -> bool:
-        return self._running and self.failure is None
+        """Whether this controller decides: it has started, it leads, and every save so far went well."""
+        return self._running and self.failure is None and self._store.leads()
+
+    @property
+    def reason_not_ready(self) -> str:
+        """Why this controller does not decide, for probes."""
+        if self.failure is not None and self._store.leads():
+            return f"a save failed: {self.failure}"
+        return str(self._unavailable())
+
+    def refuse_unless_leading(self) -> None:
+        """Raise Unavailable, with the leader's address, where another controller may know better."""
+        if self._started and self._store.leads():
+            return
+        leader = self._store.leader
+        if leader.grpc_address:
+            raise Unavailable(f"this controller does not lead; the one at {leader.grpc_address} does", leader)
+        raise Unavailable("no controller leads at the moment; ask again in a second")
+
+    def lose(self, reason: str) -> None:
+        """The lead is lost: nothing that was decided and not yet sent counts any more."""
+        if self.failure is None:
+            self.failure = StoreError(f"this controller does not lead any more: {reason}")
+            _log.warning("%s", self.failure)
+            self.failed.set()
 
     def submit(self, name: str, event: Event) -> None:
         """Decide on one event now; its actions follow when it is saved.
@@ -110,7 +139,7 @@ class Runner:
         Raises Rejected, and then nothing changed; Unavailable when this controller decides nothing any more.
         """
         if not self.ready:
-            raise Unavailable("this controller is stopping" if self.failure is None else str(self.failure))
+            raise self._unavailable()
         job = self._jobs.get(name)
         if job is None:
             job = self._admit(name, event)
@@ -175,6 +204,15 @@ class Runner:
     def wall_s(self) -> float:
         return self._clocks.wall_s()
 
+    def _unavailable(self) -> Unavailable:
+        if self.failure is not None:
+            return Unavailable(str(self.failure), self._store.leader)
+        try:
+            self.refuse_unless_leading()
+        except Unavailable as error:
+            return error
+        return Unavailable("this controller is stopping")
+
     def _admit(self, name: str, event: Event) -> Job:
         if isinstance(event, JobCreated | NodeHello) and len(self._jobs) >= self._service.max_jobs:
             raise Rejected.exhausted(
@@ -234,7 +272,8 @@ class Runner:
 
     def _let_go(self, job: Job) -> None:
         """Show and send every decision that no longer waits for a save, its own or an earlier one's."""
-        while job.releases and self.failure is None:
+        # Asked for each: this process may have been stopped for a while at any point.
+        while job.releases and self.failure is None and self._store.leads():
             release = job.releases[0]
             if release.saved is not None and (not release.saved.done() or release.saved.exception()):
                 return
@@ -248,7 +287,7 @@ class Runner:
         self.store_errors += 1
         if self.failure is None:
             self.failure = error if isinstance(error, StoreError) else StoreError(str(error))
-            _log.critical("job %s: a decision was not saved and is not acted upon: %s; exiting", job.name, error)
+            _log.critical("job %s: a decision was not saved and is not acted upon: %s", job.name, error)
             self.failed.set()
 
     def _plan_wake_up(self, job: Job, now_s: float) -> None:
@@ -278,4 +317,5 @@ class Runner:
             job.logged_reason = release.reason
             record = release.state.record
             number = record.generation.number if record.generation else 0
-            _log.info("job %s, generation %d, %s: %s", job.name, number, record.phase.value, release.reason)
+            fields = {"job": job.name, "generation": number, "phase": record.phase.value, "reason": release.reason}
+            _log.info("job %(job)s, generation %(generation)d, %(phase)s: %(reason)s", fields, extra=fields)

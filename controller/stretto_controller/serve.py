@@ -7,50 +7,126 @@ import json
 import logging
 import os
 import signal
+import socket
+from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 
+from stretto_controller.auth.certificates import Certificates
+from stretto_controller.auth.tokens import Tokens
 from stretto_controller.runner import Runner
 from stretto_controller.service.server import GrpcServer, address
-from stretto_controller.settings import Settings
-from stretto_controller.store.contents import Store
-from stretto_controller.store.sqlite import SqliteStore
+from stretto_controller.settings import Settings, is_wildcard
+from stretto_controller.store.choice import open_store
+from stretto_controller.store.contents import Leader, StoreError
 from stretto_controller.web.app import build_app
 from stretto_controller.web.server import HttpServer
 
 _log = logging.getLogger("stretto.controller")
 
+# A follower says that it serves after so long without the lead.
+_ANNOUNCE_LATEST_S = 1.0
+# Between two attempts of a controller that etcd refuses.
+_REFUSED_PAUSE_S = 1.0
+
 
 async def serve(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT, and return 0; 1 when the controller could not save.
 
+    With etcd, a controller that has lost the lead begins anew, as a follower.
     Raises StoreError or OSError, with what to do, when it cannot start.
     """
-    service = settings.service
-    store: Store = SqliteStore(
-        settings.data_dir, kept_events=service.kept_events, kept_generations=service.kept_generations
-    )
-    runner = Runner(store, service, settings.limits)
-    try:
-        runner.start()
-        stopped = _on_signals()
-        grpc_server = GrpcServer(runner, settings)
-        http_server = HttpServer(build_app(runner, service), settings)
+    stopped = _on_signals()
+    term = Term(settings)
+    code = await term.serve(stopped)
+    while code is Outcome.AGAIN:
+        term = Term(term.settings, term.runner.store_errors, again=True)
+        code = await term.serve(stopped)
+    _log.info("stopped")
+    return 0 if code is Outcome.STOPPED else 1
+
+
+class Outcome(Enum):
+    STOPPED = "stopped"
+    FAILED = "failed"
+    AGAIN = "again"
+
+
+class Term:
+    """From following to leading to the end of either; nothing of it is used again but the ports."""
+
+    def __init__(self, settings: Settings, store_errors: int = 0, *, again: bool = False) -> None:
+        self.settings = settings
+        self._store = open_store(settings)
+        self.runner = Runner(self._store, settings.service, settings.limits)
+        self.runner.store_errors = store_errors
+        self._again = again
+
+    async def serve(self, stopped: asyncio.Event) -> Outcome:
         try:
-            grpc_port = await grpc_server.start()
-            http_port = await http_server.start()
-            _announce(settings, grpc_port, http_port)
-            await _first_of(stopped, runner.failed)
+            return await self._serve(stopped)
         finally:
+            await self._store.close()
+
+    async def _serve(self, stopped: asyncio.Event) -> Outcome:
+        settings, runner = self.settings, self.runner
+        term: asyncio.Task[None] | None = None
+        security = settings.security
+        tokens = Tokens(security.tokens, security.reload_interval_s)
+        certificates = None
+        if security.tls_cert is not None and security.tls_key is not None:
+            certificates = Certificates(security.tls_cert, security.tls_key, security.tls_client_ca)
+        grpc_server = GrpcServer(runner, settings, tokens, certificates)
+        http_server = HttpServer(build_app(runner, settings.service, tokens), settings, certificates)
+        try:
+            settings = self.settings = replace(
+                settings, grpc_port=await grpc_server.start(), http_port=await http_server.start()
+            )
+            term = asyncio.create_task(self._take_part())
+            # Who leads at once, says so only then.
+            await asyncio.wait([term], timeout=_ANNOUNCE_LATEST_S)
+            if not self._again and not (term.done() and term.exception()):
+                _announce(settings)
+            await _first_of(stopped, runner.failed, term)
+            if runner.failure is None and not stopped.is_set():
+                term.result()
+        finally:
+            await _cancelled(term)
             await runner.stop()
             await grpc_server.stop()
-            if runner.failure is not None:
+            if runner.failure is not None and settings.store == "sqlite":
                 # Long enough for a probe or a scrape to see why.
-                await asyncio.sleep(service.failure_shown_s)
+                await asyncio.sleep(settings.service.failure_shown_s)
             await http_server.stop()
-    finally:
-        await store.close()
-    _log.info("stopped")
-    return 0 if runner.failure is None else 1
+        if runner.failure is None or stopped.is_set():
+            return Outcome.STOPPED if runner.failure is None or settings.store == "etcd" else Outcome.FAILED
+        return Outcome.AGAIN if settings.store == "etcd" else Outcome.FAILED
+
+    async def _take_part(self) -> None:
+        """Follow, then lead, until the lead is lost."""
+        store = self._store
+        while True:
+            try:
+                await store.lead(_me(self.settings))
+                break
+            except StoreError as error:
+                # At the first start a person reads it; later on nobody is there to start the controller again.
+                if not self._again:
+                    raise
+                _log.error("cannot take part: %s", error)
+                await asyncio.sleep(_REFUSED_PAUSE_S)
+        try:
+            self.runner.start(await store.load())
+        except StoreError as error:
+            if store.leads() and not self._again:
+                raise
+            await asyncio.sleep(_REFUSED_PAUSE_S)
+            self.runner.lose(str(error))
+            return
+        if self.settings.store == "etcd":
+            _log.info("this controller leads")
+        await store.lost.wait()
+        self.runner.lose(store.lost_reason)
 
 
 def _on_signals() -> asyncio.Event:
@@ -61,19 +137,40 @@ def _on_signals() -> asyncio.Event:
     return stopped
 
 
-async def _first_of(*events: asyncio.Event) -> None:
-    waits = [asyncio.create_task(event.wait()) for event in events]
+async def _first_of(first: asyncio.Event, second: asyncio.Event, task: asyncio.Task[None]) -> None:
+    waits = [asyncio.create_task(event.wait()) for event in (first, second)]
     try:
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([*waits, task], return_when=asyncio.FIRST_COMPLETED)
     finally:
         for wait in waits:
             wait.cancel()
 
 
-def _announce(settings: Settings, grpc_port: int, http_port: int) -> None:
-    grpc_address = address(settings.host, grpc_port)
-    url = f"http://{address(settings.host, http_port)}"
-    _log.info("serving gRPC on %s, and %s/, %s/metrics; state in %s", grpc_address, url, url, settings.data_dir)
+async def _cancelled(task: asyncio.Task[None] | None) -> None:
+    if task is not None:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+def _me(settings: Settings) -> Leader:
+    """How others reach this controller."""
+    host = settings.host if not is_wildcard(settings.host) else socket.getfqdn()
+    grpc_address = settings.advertise or address(host, settings.grpc_port)
+    if settings.advertise and ":" not in settings.advertise:
+        grpc_address = address(settings.advertise, settings.grpc_port)
+    name = grpc_address.rpartition(":")[0]
+    return Leader(grpc_address, f"{_scheme(settings)}://{name}:{settings.http_port}")
+
+
+def _scheme(settings: Settings) -> str:
+    return "http" if settings.security.tls_cert is None else "https"
+
+
+def _announce(settings: Settings) -> None:
+    grpc_address = address(settings.host, settings.grpc_port)
+    url = f"{_scheme(settings)}://{address(settings.host, settings.http_port)}"
+    where = settings.data_dir if settings.store == "sqlite" else f"etcd at {settings.etcd.endpoints}"
+    _log.info("serving gRPC on %s, and %s/, %s/metrics; state in %s", grpc_address, url, url, where)
     if settings.ready_file is not None:
         _write_whole(settings.ready_file, json.dumps({"grpc": grpc_address, "http": url, "pid": os.getpid()}))
 

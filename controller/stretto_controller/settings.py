@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from stretto_controller import logs
 from stretto_controller.core.limits import Limits
 
 _ENVIRONMENT_PREFIX = "STRETTO_"
@@ -62,6 +63,73 @@ class ServiceLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class EtcdSettings:
+    """How etcd is reached. Several controllers that share endpoints and prefix are one: one of them leads."""
+
+    # HOST:PORT, several with commas between them.
+    endpoints: str = "127.0.0.1:2379"
+    # Every key of ours begins with it.
+    prefix: str = "/stretto/"
+    # A PEM file of authorities turns TLS on; certificate and key are for clusters that ask clients for one.
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+    user: str = ""
+    # A file, so that the password is in no process list and in no environment.
+    password_file: Path | None = None
+    # A dead leader is noticed after so long; etcd allows no less than 2 s by default.
+    lease_s: int = 3
+    # One attempt at one endpoint; a third of lease_s lets a renewal fail over.
+    request_timeout_s: float = 1.0
+    # A watch without news for so long is begun again.
+    watch_quiet_s: float = 2.0
+
+    @property
+    def endpoint_list(self) -> tuple[str, ...]:
+        return tuple(part.strip() for part in self.endpoints.split(",") if part.strip())
+
+    def validate(self) -> None:
+        """Raise ValueError, saying what was given and what is allowed."""
+        if not self.endpoint_list or any(not part.rpartition(":")[2].isdecimal() for part in self.endpoint_list):
+            raise ValueError(f"etcd.endpoints is {self.endpoints!r}; give HOST:PORT, or several with commas between")
+        if not self.prefix.startswith("/") or not self.prefix.endswith("/"):
+            raise ValueError(f"etcd.prefix is {self.prefix!r}; it must begin and end with /")
+        if bool(self.user) != (self.password_file is not None):
+            raise ValueError("etcd.user and etcd.password_file belong together; give both or neither")
+        if (self.cert is None) != (self.key is None) or (self.cert is not None and self.ca is None):
+            raise ValueError("etcd.cert and etcd.key belong together, and need etcd.ca")
+        if not 2 <= self.lease_s <= 60:
+            raise ValueError(f"etcd.lease_s is {self.lease_s}; it must be between 2 and 60")
+        for name in ("request_timeout_s", "watch_quiet_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"etcd.{name} is {getattr(self, name)}; it must be finite and above 0")
+
+
+@dataclass(frozen=True, slots=True)
+class SecuritySettings:
+    """Who may reach the controller, and how. Files are read again when they change."""
+
+    # PEM: the certificate with its chain, and its key. Both: gRPC and HTTP speak TLS only.
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    # PEM: only clients with a certificate of this authority are let in, on both ports.
+    tls_client_ca: Path | None = None
+    # Hashes of tokens (`stretto token`). Without it everybody who reaches the ports may do everything.
+    tokens: Path | None = None
+    # The tokens file is looked at again at most so often.
+    reload_interval_s: float = 5.0
+
+    def validate(self) -> None:
+        """Raise ValueError, saying what was given and what is allowed."""
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key belong together; give both or neither")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca needs tls_cert and tls_key")
+        if not 0 <= self.reload_interval_s < math.inf:
+            raise ValueError(f"reload_interval_s is {self.reload_interval_s}; it must be finite and at least 0")
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     host: str = "127.0.0.1"
     # 0 picks a free port.
@@ -69,10 +137,16 @@ class Settings:
     http_port: int = 8080
     data_dir: Path = Path(".stretto/controller")
     store: str = "sqlite"
-    # Serve beyond this machine without credentials and encryption.
+    # Serve beyond this machine without tokens or without TLS.
     insecure: bool = False
+    # console, or json: one object a line.
+    log_format: str = logs.CONSOLE
     # Written, whole, once both ports serve.
     ready_file: Path | None = None
+    # HOST[:PORT] at which others reach this controller's gRPC port, told to those who ask a follower.
+    advertise: str = ""
+    security: SecuritySettings = field(default_factory=SecuritySettings)
+    etcd: EtcdSettings = field(default_factory=EtcdSettings)
     service: ServiceLimits = field(default_factory=ServiceLimits)
     limits: Limits = field(default_factory=Limits)
 
@@ -86,17 +160,20 @@ class Settings:
             raise ValueError(f"grpc_port and http_port are both {self.grpc_port}; give two different ports")
         if self.store not in _STORES:
             raise ValueError(f"store is {self.store!r}; it must be one of {', '.join(_STORES)}")
-        if self.store == "etcd":
-            raise ValueError("store is 'etcd', which this release does not have yet; use --store sqlite")
-        if not self.insecure and not is_loopback(self.host):
+        if self.log_format not in logs.FORMATS:
+            raise ValueError(f"log_format is {self.log_format!r}; it must be one of {', '.join(logs.FORMATS)}")
+        self.security.validate()
+        safe = self.security.tls_cert is not None and self.security.tokens is not None
+        if not self.insecure and not safe and not is_loopback(self.host):
             raise ValueError(
-                f"host is {self.host!r}, which other machines can reach, and this release serves neither TLS nor "
-                "credentials; use --host 127.0.0.1, or say --insecure aloud on a network that you trust"
+                f"host is {self.host!r}, which other machines can reach: give --tls-cert, --tls-key and --tokens "
+                "(docs/operations.md), or use --host 127.0.0.1, or say --insecure aloud on a network that you trust"
             )
         for limit in fields(self.service):
             value = getattr(self.service, limit.name)
             if not 0 < value < math.inf:
                 raise ValueError(f"{limit.name} is {value}; it must be finite and above 0")
+        self.etcd.validate()
         self.limits.validate()
 
 
@@ -106,6 +183,14 @@ def is_loopback(host: str) -> bool:
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def is_wildcard(host: str) -> bool:
+    """Whether the host means every address of this machine."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
     except ValueError:
         return False
 
@@ -148,7 +233,9 @@ def _build(
         variable = f"{_ENVIRONMENT_PREFIX}{prefix}{name}".upper()
         if is_dataclass(hint):
             assert isinstance(hint, type)
-            values[name] = _build(hint, {}, environment, table.get(name, {}), prefix=f"{name}_", origin=origin)
+            nested = flags.get(name) or {}
+            assert isinstance(nested, dict)
+            values[name] = _build(hint, nested, environment, table.get(name, {}), prefix=f"{name}_", origin=origin)
         elif flags.get(name) is not None:
             values[name] = flags[name]
         elif variable in environment:

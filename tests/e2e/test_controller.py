@@ -366,8 +366,9 @@ def test_a_second_controller_says_what_is_in_its_way(controller: ControllerProce
     assert f"in use by another controller (process {controller.pid})" in in_use
     assert f"cannot serve gRPC on 127.0.0.1:{grpc_port}" in run("--grpc-port", grpc_port, "--http-port", "0", *other)
     assert f"cannot serve HTTP on 127.0.0.1:{http_port}" in run("--grpc-port", "0", "--http-port", http_port, *other)
-    assert "neither TLS nor credentials" in run("--host", "0.0.0.0", *free, *other)
-    assert "does not have yet" in run("--store", "etcd", *free, *other)
+    assert "give --tls-cert, --tls-key and --tokens" in run("--host", "0.0.0.0", *free, *other)
+    assert "cannot read the tokens file" in run("--tokens", str(tmp_path / "none"), *free, *other)
+    assert "cannot serve TLS" in run("--tls-cert", str(tmp_path), "--tls-key", str(tmp_path), *free, *other)
     assert "grpc_port is 70000; it must be between" in run("--grpc-port", "70000", *other)
     config = tmp_path / "stretto.toml"
     config.write_text(

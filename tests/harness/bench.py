@@ -11,7 +11,7 @@ from stretto_controller.core.report import Progress
 from stretto_controller.runner import Clocks, Runner
 from stretto_controller.sessions import Outbox, StreamAction
 from stretto_controller.settings import ServiceLimits
-from stretto_controller.store.contents import Save, Stored, StoreError
+from stretto_controller.store.contents import Leader, Save, Stored, StoreError
 
 SPEC = JobSpec(min_nodes=1, max_nodes=1, mode=Mode.RESTART, base_batch_size=32, batch_size=32, target_tau=100.0)
 
@@ -22,9 +22,26 @@ class SlowStore:
     def __init__(self, stored: Stored | None = None) -> None:
         self.asked: list[tuple[Save, asyncio.Future[None]]] = []
         self.saved: list[Save] = []
+        self.lost = asyncio.Event()
+        # Another controller, once it leads.
+        self.led_by = Leader()
         self._stored = stored or Stored()
 
-    def load(self) -> Stored:
+    @property
+    def leader(self) -> Leader:
+        return self.led_by
+
+    @property
+    def lost_reason(self) -> str:
+        return ""
+
+    async def lead(self, me: Leader) -> None:
+        """At once."""
+
+    def leads(self) -> bool:
+        return self.led_by == Leader()
+
+    async def load(self) -> Stored:
         return self._stored
 
     def save(self, save: Save) -> asyncio.Future[None]:
@@ -61,7 +78,7 @@ class Bench:
         self.runner = Runner(
             self.store, ServiceLimits(tick_interval_s=3600.0, **service), Limits(settle_s=0.1), clocks=clocks
         )
-        self.runner.start()
+        self.runner.start(stored or Stored())
 
     def open(self, session_id: str, length: int = 100) -> Stream:
         stream = Stream(Outbox(length))

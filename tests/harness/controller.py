@@ -71,12 +71,20 @@ class ControllerProcess:
 
     def start(self) -> None:
         """Start it, on the same ports as before if there was a before, and wait until it serves."""
+        self.launch()
+        self.await_serving()
+
+    def launch(self) -> None:
+        """The first half of `start`, so that several can start at the same time."""
         assert not self.alive(), "the controller runs already"
         self._ready_file.unlink(missing_ok=True)
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 self.command(), stdout=log, stderr=log, env={**os.environ, **self._environment}
             )
+
+    def await_serving(self) -> None:
+        assert self._process is not None, "the controller was never launched"
         deadline = time.monotonic() + START_LIMIT_S
         while not self._ready_file.exists():
             assert self.alive(), f"the controller ended at its start:\n{self.log}"
@@ -85,6 +93,10 @@ class ControllerProcess:
         ready = json.loads(self._ready_file.read_text())
         assert ready["pid"] == self.pid
         self.grpc, self.http = ready["grpc"], ready["http"]
+
+    def signal(self, number: int) -> None:
+        assert self._process is not None, "the controller does not run"
+        self._process.send_signal(number)
 
     def kill(self) -> None:
         """kill -9."""

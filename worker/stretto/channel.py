@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
+from stretto_proto.v1.types_pb2 import Leader
+
+from stretto.credentials import Credentials
 
 # The runtime would run handlers at each fork and log about threads; nothing of ours uses gRPC in a forked
 # child. It reads this when the first channel is opened.
@@ -13,6 +18,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 DEFAULT_PORT = 29400
 DEFAULT_ENDPOINT = f"127.0.0.1:{DEFAULT_PORT}"
 ENDPOINT_VARIABLE = "STRETTO_ENDPOINT"
+_LEADER_KEY = "stretto-leader-bin"
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 
 _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
@@ -22,10 +28,19 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # A backstop for a peer that vanished without a word; heartbeats in the stream come first.
+    ("grpc.http2.max_pings_without_data", 0),
+)
+# A backstop for a controller that vanished without a word.
+_PATIENT: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 10_000),
+)
+# Where others stand by, one that is frozen or cut off must be left about when its lease ends (3 s).
+_SEVERAL: tuple[tuple[str, int], ...] = (
+    ("grpc.keepalive_time_ms", 2_000),
+    ("grpc.keepalive_timeout_ms", 2_000),
+    ("grpc.http2.ping_timeout_ms", 2_000),
 )
 
 
@@ -56,6 +71,30 @@ def _split(part: str) -> tuple[str, str]:
     return host, port if colon else str(DEFAULT_PORT)
 
 
-def open_channel(endpoint: str) -> grpc.Channel:
-    """A channel to one controller. It connects when it is first used."""
-    return grpc.insecure_channel(endpoint, options=_CHANNEL_OPTIONS)
+def leader_of(error: grpc.RpcError) -> str:
+    """HOST:PORT of the controller that leads, when the one that was asked is a follower that knows it; or nothing."""
+    # A call that failed is the error itself; its stubs do not say so.
+    call: Any = error
+    for key, value in (call.trailing_metadata() or ()) if isinstance(call, grpc.Call) else ():
+        if key == _LEADER_KEY and isinstance(value, bytes):
+            try:
+                return Leader.FromString(value).grpc_address
+            except DecodeError:
+                return ""
+    return ""
+
+
+def open_channel(endpoint: str, *, several: bool = False) -> grpc.Channel:
+    """A channel to one controller; several: there are others. It connects when it is first used.
+
+    Credentials come from the environment (stretto.credentials). Raises Fatal when they cannot be used.
+    """
+    options = (*_CHANNEL_OPTIONS, *(_SEVERAL if several else _PATIENT))
+    credentials = Credentials.from_environment(os.environ)
+    transport = credentials.transport()
+    if transport is None:
+        credentials.check_plain(endpoint)
+        channel = grpc.insecure_channel(endpoint, options=options)
+    else:
+        channel = grpc.secure_channel(endpoint, transport, options=options)
+    return credentials.signing(channel)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol, TypeVar
@@ -10,7 +11,7 @@ import grpc
 from stretto_proto.v1 import jobs_pb2, types_pb2
 from stretto_proto.v1.jobs_pb2_grpc import JobsStub
 
-from stretto.channel import open_channel, parse_endpoints
+from stretto.channel import leader_of, open_channel, parse_endpoints
 from stretto.errors import Retry, from_rpc_error
 
 RequestT = TypeVar("RequestT", contravariant=True)
@@ -32,12 +33,10 @@ class JobsClient:
         if timeout_s <= 0:
             raise ValueError(f"timeout_s is {timeout_s}; it must be above 0")
         self._timeout_s = timeout_s
-        self._stubs = []
-        self._channels = []
-        for each in parse_endpoints(endpoint):
-            channel = open_channel(each)
-            self._channels.append(channel)
-            self._stubs.append((each, JobsStub(channel)))
+        self._lock = threading.Lock()
+        self._channels: dict[str, grpc.Channel] = {}
+        # The one that answered last comes first.
+        self._endpoints = parse_endpoints(endpoint)
 
     def __enter__(self) -> JobsClient:
         return self
@@ -48,8 +47,23 @@ class JobsClient:
         self.close()
 
     def close(self) -> None:
-        for channel in self._channels:
-            channel.close()
+        with self._lock:
+            for channel in self._channels.values():
+                channel.close()
+
+    def controller(self, endpoint: str) -> jobs_pb2.GetControllerResponse:
+        """What the controller at exactly this endpoint says of itself, leader or not."""
+        try:
+            return JobsStub(self._channel(endpoint)).GetController(
+                jobs_pb2.GetControllerRequest(), timeout=self._timeout_s
+            )
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, endpoint=endpoint) from error
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """HOST:PORT each; the one that answered last comes first."""
+        return self._endpoints
 
     def create(self, job: str, spec: types_pb2.JobSpec, *, desired_nodes: int = 0) -> jobs_pb2.Job:
         """Create a job before any node comes. desired_nodes: 0 means max_nodes."""
@@ -109,20 +123,37 @@ class JobsClient:
         )
 
     def _ask(self, method: str, request: RequestT, kind: type[ResponseT]) -> ResponseT:
-        """Call `method` at the endpoint that last answered, then at the others while none is available."""
+        """Call `method` at the endpoint that answered last, else at the leader that it names, else at the others."""
         failure: Retry | None = None
-        for endpoint, stub in self._stubs:
-            call: _Call[RequestT, ResponseT] = getattr(stub, method)
+        waiting, asked = list(self._endpoints), set[str]()
+        while waiting:
+            endpoint = waiting.pop(0)
+            asked.add(endpoint)
+            call: _Call[RequestT, ResponseT] = getattr(JobsStub(self._channel(endpoint)), method)
             try:
                 response = call(request, timeout=self._timeout_s)
             except grpc.RpcError as error:
                 raised = from_rpc_error(error, endpoint=endpoint)
                 if error.code() is not grpc.StatusCode.UNAVAILABLE or not isinstance(raised, Retry):
+                    if isinstance(raised, Retry):
+                        self._prefer(*(each for each in self._endpoints if each != endpoint), endpoint)
                     raise raised from error
                 raised.__cause__ = error
-                failure = raised
-                self._stubs = [*(pair for pair in self._stubs if pair[0] != endpoint), (endpoint, stub)]
+                # What a follower says is more to the point than that another could not be reached.
+                leader = leader_of(error)
+                failure = raised if failure is None or leader else failure
+                waiting = [*([leader] if leader and leader not in asked else []), *(w for w in waiting if w != leader)]
             else:
+                self._prefer(endpoint, *(each for each in self._endpoints if each != endpoint))
                 return response
         assert failure is not None
         raise failure
+
+    def _prefer(self, *endpoints: str) -> None:
+        self._endpoints = endpoints
+
+    def _channel(self, endpoint: str) -> grpc.Channel:
+        with self._lock:
+            if endpoint not in self._channels:
+                self._channels[endpoint] = open_channel(endpoint)
+            return self._channels[endpoint]

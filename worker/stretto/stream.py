@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
-from stretto.channel import open_channel
+from stretto.channel import leader_of, open_channel
 from stretto.errors import FATAL_CODES, Fatal, from_rpc_error
 
 RequestT = TypeVar("RequestT")
@@ -95,7 +95,8 @@ class _Outbox(Generic[RequestT]):
 class ReconnectingStream(Generic[RequestT, ResponseT]):
     """Keeps one stream to one of `endpoints` open, and says hello first each time.
 
-    endpoints: `host:port` each (`stretto.channel.parse_endpoints`); each attempt takes the next one.
+    endpoints: `host:port` each (`stretto.channel.parse_endpoints`); each attempt takes the next one, or goes at
+        once to the controller that a follower names as its leader.
     open_call(channel, requests): starts the call, e.g. `lambda c, r: RendezvousStub(c).Attend(r)`.
     make_hello(): the opening messages of a connection, hello first, then whatever must be said again. The
         rule: what was queued or sent on a connection that broke, or while there was none, is *dropped*. So
@@ -138,6 +139,8 @@ class ReconnectingStream(Generic[RequestT, ResponseT]):
         self._outbox: _Outbox[RequestT] | None = None
         self._call: Any = None
         self._connected = False
+        # Where the latest attempt was told that the leader is.
+        self._leader = ""
         self._closing = threading.Event()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -207,7 +210,8 @@ class ReconnectingStream(Generic[RequestT, ResponseT]):
         position = 0
         while not self._stopped.is_set():
             opened_s = time.monotonic()
-            endpoint = self._endpoints[position % len(self._endpoints)]
+            told, self._leader = self._leader, ""
+            endpoint = told or self._endpoints[position % len(self._endpoints)]
             try:
                 finished = self._attend(endpoint)
             except Fatal as error:
@@ -222,12 +226,14 @@ class ReconnectingStream(Generic[RequestT, ResponseT]):
             if finished:
                 self._stopped.set()
                 return
+            position += 0 if told else 1
+            if self._leader and not told:
+                continue
             # A connection that lasted starts the backoff anew; one that broke at once does not.
             attempts = 0 if time.monotonic() - opened_s > self._settings.max_backoff_s else attempts
             bound_s = min(self._settings.max_backoff_s, self._settings.first_backoff_s * 2.0 ** min(attempts, 30))
             self._stopped.wait(self._rng.uniform(0.0, bound_s))
             attempts += 1
-            position += 1
 
     def _end(self, error: Fatal) -> None:
         self._stopped.set()
@@ -239,8 +245,8 @@ class ReconnectingStream(Generic[RequestT, ResponseT]):
         with self._lock:
             # Set before the hello is made: what is said from here on is sent, the rest is in the state.
             self._outbox = outbox
-        channel = open_channel(endpoint)
         call = watchdog = None
+        channel = open_channel(endpoint, several=len(self._endpoints) > 1)
         reason = "the controller ended the stream"
         try:
             opening = self._make_hello()
@@ -260,6 +266,7 @@ class ReconnectingStream(Generic[RequestT, ResponseT]):
             if error.code() in FATAL_CODES:
                 raise failure from error
             reason = str(failure)
+            self._leader = leader_of(error)
         else:
             if self._closing.is_set():
                 return True

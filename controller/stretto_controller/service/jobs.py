@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from functools import wraps
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 from stretto_proto.v1 import jobs_pb2 as jobs
@@ -11,7 +12,8 @@ from stretto_proto.v1.jobs_pb2_grpc import JobsServicer
 
 from stretto_controller.core import events as ev
 from stretto_controller.runner import Runner
-from stretto_controller.service.errors import ANSWERED, grpc_status
+from stretto_controller.service.errors import ANSWERED, abort
+from stretto_controller.service.streaming import Identity
 from stretto_controller.service.streams import Context
 from stretto_controller.wire import checks, inbound, outbound
 
@@ -27,9 +29,7 @@ def _answering(method: _Method[Answer]) -> _Method[Answer]:
         try:
             return await method(self, request, context)
         except ANSWERED as error:
-            code, message = grpc_status(error)
-            await context.abort(code, message)
-            raise AssertionError("abort raises") from error
+            await abort(context, error)
 
     return answered
 
@@ -37,8 +37,9 @@ def _answering(method: _Method[Answer]) -> _Method[Answer]:
 class JobsService(JobsServicer):
     """Every change is answered once it is saved, with the job as it is then."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, identity: Identity) -> None:
         self._runner = runner
+        self._identity = identity
 
     @_answering
     async def CreateJob(self, request: jobs.CreateJobRequest, context: Context) -> jobs.CreateJobResponse:
@@ -94,6 +95,17 @@ class JobsService(JobsServicer):
         view = self._runner.view(checks.job_name(request.job))
         return jobs.ListGenerationsResponse(
             generations=[outbound.generation_summary(summary) for summary in view.history]
+        )
+
+    async def GetController(self, request: jobs.GetControllerRequest, context: Context) -> jobs.GetControllerResponse:
+        ready = self._runner.ready
+        return jobs.GetControllerResponse(
+            version=version("stretto"),
+            protocol_version=inbound.PROTOCOL_VERSION,
+            controller_id=self._identity.controller_id,
+            ready=ready,
+            reason="" if ready else self._runner.reason_not_ready,
+            time_s=self._runner.wall_s(),
         )
 
     @_answering

@@ -13,7 +13,10 @@ from stretto_proto.v1.jobs_pb2_grpc import add_JobsServicer_to_server
 from stretto_proto.v1.rendezvous_pb2_grpc import add_RendezvousServicer_to_server
 from stretto_proto.v1.training_pb2_grpc import add_TrainingServicer_to_server
 
+from stretto_controller.auth.certificates import Certificates
+from stretto_controller.auth.tokens import Tokens
 from stretto_controller.runner import Runner
+from stretto_controller.service.gate import AccessGate, LeaderGate
 from stretto_controller.service.guard import MalformedGuard
 from stretto_controller.service.jobs import JobsService
 from stretto_controller.service.streaming import Identity, RendezvousService, TrainingService
@@ -29,17 +32,19 @@ _SERVICES = tuple(
 class GrpcServer:
     """All three services, health and reflection on one port."""
 
-    def __init__(self, runner: Runner, settings: Settings) -> None:
+    def __init__(self, runner: Runner, settings: Settings, tokens: Tokens, certificates: Certificates | None) -> None:
         self._runner = runner
         self._settings = settings
+        self._certificates = certificates
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
-            interceptors=[MalformedGuard()], options=_options(settings.service.message_size_bytes)
+            interceptors=[AccessGate(tokens), LeaderGate(runner), MalformedGuard()],
+            options=_options(settings.service.message_size_bytes),
         )
         identity = Identity(uuid4().hex, settings.limits.heartbeat_interval_s)
         add_RendezvousServicer_to_server(RendezvousService(runner, settings.service, identity), self._server)
         add_TrainingServicer_to_server(TrainingService(runner, settings.service, identity), self._server)
-        add_JobsServicer_to_server(JobsService(runner), self._server)
+        add_JobsServicer_to_server(JobsService(runner, identity), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
@@ -47,7 +52,10 @@ class GrpcServer:
         """Serve, and return the port. Raises OSError when the address cannot be used."""
         host, port = self._settings.host, self._settings.grpc_port
         try:
-            port = self._server.add_insecure_port(address(host, port))
+            if self._certificates is None:
+                port = self._server.add_insecure_port(address(host, port))
+            else:
+                port = self._server.add_secure_port(address(host, port), self._certificates.grpc_credentials())
         except RuntimeError as error:
             raise OSError(f"cannot serve gRPC on {address(host, port)}: {error}") from error
         await self._server.start()

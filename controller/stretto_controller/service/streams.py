@@ -15,7 +15,7 @@ import grpc
 from stretto_controller.core.errors import Rejected
 from stretto_controller.core.events import Event, StreamClosed, WorkerStreamClosed
 from stretto_controller.runner import Runner
-from stretto_controller.service.errors import ANSWERED, grpc_status
+from stretto_controller.service.errors import ANSWERED, abort
 from stretto_controller.service.guard import Malformed
 from stretto_controller.sessions import Outbox, StreamAction
 from stretto_controller.settings import ServiceLimits
@@ -84,8 +84,7 @@ class Conversation:
         try:
             await self._serve(requests, context)
         except ANSWERED as error:
-            code, message = grpc_status(error)
-            await context.abort(code, message)
+            await abort(context, error)
 
     async def _serve(self, requests: AsyncIterator[Any], context: Context) -> None:
         peer, sessions = self._peer, self._runner.sessions
@@ -101,6 +100,7 @@ class Conversation:
             accepted = True
             await self._runner.settled(peer.job)
             greeting = peer.greeting()
+            self._runner.refuse_unless_leading()
             if greeting is not None:
                 await context.write(greeting)
             await self._exchange(requests, context)
@@ -145,6 +145,8 @@ class Conversation:
 
     async def _write(self, context: Context) -> None:
         async for action in self._outbox.actions():
+            # It may have waited while this process was stopped, and another leads by now.
+            self._runner.refuse_unless_leading()
             await context.write(self._peer.message(action))
 
 

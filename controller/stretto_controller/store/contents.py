@@ -92,14 +92,41 @@ class Stored:
     last_sequence: int = 0
 
 
-class Store(Protocol):
-    """Saves in the order asked; once it failed it saves nothing more, so that no later save skips an earlier one."""
+@dataclass(frozen=True, slots=True)
+class Leader:
+    """Where the controller that decides is reached; empty while nobody knows."""
 
-    def load(self) -> Stored:
-        """What was saved. Called once, before the first save."""
+    grpc_address: str = ""
+    http_url: str = ""
+
+
+class Store(Protocol):
+    """Saves in the order asked; once it failed it saves nothing more, so that no later save skips an earlier one.
+
+    One store is for one term: it waits for the lead, has it, and has lost it for good once `lost` is set.
+    """
+
+    lost: asyncio.Event
+
+    @property
+    def leader(self) -> Leader:
+        """Who leads, as far as this store knows."""
+
+    @property
+    def lost_reason(self) -> str:
+        """Why the lead was lost; empty until then."""
+
+    async def lead(self, me: Leader) -> None:
+        """Return when this controller, `me`, and no other, may decide and save. Raises StoreError if it never will."""
+
+    def leads(self) -> bool:
+        """Whether that is still so, by this machine's own clock: asked before anything leaves the controller."""
+
+    async def load(self) -> Stored:
+        """What was saved. Called once, after `lead` and before the first save. Raises StoreError."""
 
     def save(self, save: Save) -> asyncio.Future[None]:
         """Ask for a save, without blocking; the future is done when it is durable, or has a StoreError."""
 
     async def close(self) -> None:
-        """Finish what was asked for, then let go of the data directory."""
+        """Finish what was asked for, then let go of the lead."""

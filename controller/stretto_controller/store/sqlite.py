@@ -18,6 +18,7 @@ from stretto_controller.curve import Point
 from stretto_controller.store.codec import CodecError, decode, encode
 from stretto_controller.store.contents import (
     GenerationSummary,
+    Leader,
     Marks,
     Save,
     Stored,
@@ -61,6 +62,8 @@ class SqliteStore:
 
     def __init__(self, data_dir: Path, *, kept_events: int, kept_generations: int) -> None:
         """Open or create the file. Raises StoreError when the directory is in use or the file is not ours."""
+        # Never: the lock goes with the process.
+        self.lost = asyncio.Event()
         self._kept_events = kept_events
         self._kept_generations = kept_generations
         self._path = data_dir / "controller.sqlite3"
@@ -76,7 +79,21 @@ class SqliteStore:
         self._failure: StoreError | None = None
         self._writer: threading.Thread | None = None
 
-    def load(self) -> Stored:
+    @property
+    def leader(self) -> Leader:
+        return Leader()
+
+    @property
+    def lost_reason(self) -> str:
+        return ""
+
+    async def lead(self, me: Leader) -> None:
+        """At once: the directory is locked."""
+
+    def leads(self) -> bool:
+        return True
+
+    async def load(self) -> Stored:
         """All jobs, each with its latest events and generations, oldest first."""
         try:
             jobs = tuple(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 
-from fastapi import FastAPI, Header, Path, Query, Request, Response
+from fastapi import Depends, FastAPI, Header, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client.exposition import choose_encoder
@@ -13,6 +14,8 @@ from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
 
 from stretto_controller import metrics
+from stretto_controller.auth.access import ROUTES, UNNAMED
+from stretto_controller.auth.tokens import Tokens, Unauthenticated, check_job
 from stretto_controller.core import events as ev
 from stretto_controller.core.errors import Rejected
 from stretto_controller.runner import Runner, Unavailable
@@ -26,17 +29,18 @@ from stretto_controller.web.watch import Watchers
 from stretto_controller.wire import checks
 
 _ERRORS: dict[int | str, dict[str, object]] = {
-    status: {"model": schema.ErrorOut} for status in (400, 404, 409, 413, 429, 503)
+    status: {"model": schema.ErrorOut} for status in (400, 401, 403, 404, 409, 413, 429, 503)
 }
 JobName = Annotated[str, Path(alias="job", description="the job's name, a DNS label")]
 
 
-def build_app(runner: Runner, limits: ServiceLimits) -> FastAPI:
+def build_app(runner: Runner, limits: ServiceLimits, tokens: Tokens | None = None) -> FastAPI:
     """The application on one runner."""
     app = FastAPI(
         title="Stretto controller",
         description="Jobs, their generations and their events. The /docs page loads its scripts from a CDN.",
         responses=_ERRORS,
+        dependencies=[Depends(_gate(runner, tokens or Tokens(None, 0.0)))],
     )
     app.add_middleware(BodyLimit, size_bytes=limits.body_size_bytes)
     _answer_errors(app)
@@ -50,6 +54,21 @@ def build_app(runner: Runner, limits: ServiceLimits) -> FastAPI:
     return app
 
 
+def _gate(runner: Runner, tokens: Tokens) -> Callable[[Request], Awaitable[None]]:
+    """What stands before every route: auth.access.ROUTES; and the API is the leader's, the rest is everybody's."""
+
+    async def check(request: Request) -> None:
+        path = request.scope["route"].path
+        access = ROUTES.get((request.method, path), UNNAMED)
+        who = tokens.caller(access, request.headers.get("authorization", ""))
+        if "job" in request.path_params:
+            check_job(who, request.path_params["job"])
+        if path.startswith("/api/"):
+            runner.refuse_unless_leading()
+
+    return check
+
+
 def _answer_errors(app: FastAPI) -> None:
     """Every error has the same shape: {"error": word, "message": text}."""
 
@@ -57,10 +76,19 @@ def _answer_errors(app: FastAPI) -> None:
         return JSONResponse(schema.ErrorOut(error=error, message=message).model_dump(), status_code=status)
 
     @app.exception_handler(Rejected)
+    @app.exception_handler(Unauthenticated)
     @app.exception_handler(Unavailable)
-    async def refused(request: Request, error: Rejected | Unavailable) -> JSONResponse:
+    async def refused(request: Request, error: Rejected | Unauthenticated | Unavailable) -> JSONResponse:
         status, word, message = http_status(error)
-        return answer(status, word, message)
+        response = answer(status, word, message)
+        if isinstance(error, Unauthenticated):
+            # A browser then asks for it: any user name, the token as password.
+            response.headers["WWW-Authenticate"] = 'Basic realm="stretto", charset="UTF-8"'
+        if isinstance(error, Unavailable):
+            response.headers["Retry-After"] = "1"
+            if error.leader.http_url:
+                response.headers["Stretto-Leader"] = error.leader.http_url
+        return response
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -89,8 +117,7 @@ def _add_health(app: FastAPI, runner: Runner) -> None:
         if runner.ready:
             return schema.Health(status="ready")
         response.status_code = 503
-        reason = "stopping" if runner.failure is None else f"a save failed: {runner.failure}"
-        return schema.Health(status="not ready", reason=reason)
+        return schema.Health(status="not ready", reason=runner.reason_not_ready)
 
 
 def _add_metrics(app: FastAPI, runner: Runner, finished_series_s: float) -> None:

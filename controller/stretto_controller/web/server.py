@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import uvicorn
 from fastapi import FastAPI
 
+from stretto_controller.auth.certificates import Certificates
 from stretto_controller.settings import Settings
 
 _BACKLOG = 1024
@@ -25,7 +26,7 @@ class _Uvicorn(uvicorn.Server):
 class HttpServer:
     """The application on its port."""
 
-    def __init__(self, app: FastAPI, settings: Settings) -> None:
+    def __init__(self, app: FastAPI, settings: Settings, certificates: Certificates | None) -> None:
         self._settings = settings
         config = uvicorn.Config(
             app,
@@ -37,6 +38,9 @@ class HttpServer:
             # Whole seconds only; event streams do not end by themselves.
             timeout_graceful_shutdown=max(1, round(settings.service.stop_grace_s)),
         )
+        config.load()
+        if certificates is not None:
+            config.ssl = certificates.http_context()
         self._server = _Uvicorn(config)
         self._serving: asyncio.Task[None] | None = None
 

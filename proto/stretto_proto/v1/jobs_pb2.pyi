@@ -636,6 +636,58 @@ class ListGenerationsResponse(_message.Message):
 Global___ListGenerationsResponse: _TypeAlias = ListGenerationsResponse  # noqa: Y015
 
 @_typing.final
+class GetControllerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetControllerRequest: _TypeAlias = GetControllerRequest  # noqa: Y015
+
+@_typing.final
+class GetControllerResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
+    CONTROLLER_ID_FIELD_NUMBER: _builtins.int
+    READY_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    TIME_S_FIELD_NUMBER: _builtins.int
+    version: _builtins.str
+    protocol_version: _builtins.int
+    controller_id: _builtins.str
+    ready: _builtins.bool
+    """It decides, and saves."""
+    reason: _builtins.str
+    """Why it does not."""
+    time_s: _builtins.float
+    """Wall-clock time, for a comparison: seconds since the Unix epoch."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.str = ...,
+        protocol_version: _builtins.int = ...,
+        controller_id: _builtins.str = ...,
+        ready: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+        time_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller_id", b"controller_id", "protocol_version", b"protocol_version", "ready", b"ready", "reason", b"reason", "time_s", b"time_s", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetControllerResponse: _TypeAlias = GetControllerResponse  # noqa: Y015
+
+@_typing.final
 class ListPointsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -90,6 +90,11 @@ class JobsStub(object):
                 request_serializer=stretto__proto_dot_v1_dot_jobs__pb2.ListGenerationsRequest.SerializeToString,
                 response_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.ListGenerationsResponse.FromString,
                 _registered_method=True)
+        self.GetController = channel.unary_unary(
+                '/stretto.v1.Jobs/GetController',
+                request_serializer=stretto__proto_dot_v1_dot_jobs__pb2.GetControllerRequest.SerializeToString,
+                response_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.GetControllerResponse.FromString,
+                _registered_method=True)
         self.ListPoints = channel.unary_unary(
                 '/stretto.v1.Jobs/ListPoints',
                 request_serializer=stretto__proto_dot_v1_dot_jobs__pb2.ListPointsRequest.SerializeToString,
@@ -171,6 +176,13 @@ class JobsServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetController(self, request, context):
+        """Every controller answers for itself, also one that does not lead.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListPoints(self, request, context):
         """The job's figures over time.
         """
@@ -235,6 +247,11 @@ def add_JobsServicer_to_server(servicer, server):
                     servicer.ListGenerations,
                     request_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.ListGenerationsRequest.FromString,
                     response_serializer=stretto__proto_dot_v1_dot_jobs__pb2.ListGenerationsResponse.SerializeToString,
+            ),
+            'GetController': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetController,
+                    request_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.GetControllerRequest.FromString,
+                    response_serializer=stretto__proto_dot_v1_dot_jobs__pb2.GetControllerResponse.SerializeToString,
             ),
             'ListPoints': grpc.unary_unary_rpc_method_handler(
                     servicer.ListPoints,
@@ -540,6 +557,33 @@ class Jobs(object):
             '/stretto.v1.Jobs/ListGenerations',
             stretto__proto_dot_v1_dot_jobs__pb2.ListGenerationsRequest.SerializeToString,
             stretto__proto_dot_v1_dot_jobs__pb2.ListGenerationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetController(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stretto.v1.Jobs/GetController',
+            stretto__proto_dot_v1_dot_jobs__pb2.GetControllerRequest.SerializeToString,
+            stretto__proto_dot_v1_dot_jobs__pb2.GetControllerResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -48,6 +48,8 @@ class JobsStub:
     DeleteJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.DeleteJobRequest, _jobs_pb2.DeleteJobResponse]
     ListEvents: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListEventsRequest, _jobs_pb2.ListEventsResponse]
     ListGenerations: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListGenerationsRequest, _jobs_pb2.ListGenerationsResponse]
+    GetController: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.GetControllerRequest, _jobs_pb2.GetControllerResponse]
+    """Every controller answers for itself, also one that does not lead."""
     ListPoints: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListPointsRequest, _jobs_pb2.ListPointsResponse]
     """The job's figures over time."""
 
@@ -71,6 +73,8 @@ class JobsAsyncStub(JobsStub):
     DeleteJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.DeleteJobRequest, _jobs_pb2.DeleteJobResponse]  # type: ignore[assignment]
     ListEvents: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListEventsRequest, _jobs_pb2.ListEventsResponse]  # type: ignore[assignment]
     ListGenerations: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListGenerationsRequest, _jobs_pb2.ListGenerationsResponse]  # type: ignore[assignment]
+    GetController: _aio.UnaryUnaryMultiCallable[_jobs_pb2.GetControllerRequest, _jobs_pb2.GetControllerResponse]  # type: ignore[assignment]
+    """Every controller answers for itself, also one that does not lead."""
     ListPoints: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListPointsRequest, _jobs_pb2.ListPointsResponse]  # type: ignore[assignment]
     """The job's figures over time."""
 
@@ -157,6 +161,14 @@ class JobsServicer(metaclass=_abc_1.ABCMeta):
         request: _jobs_pb2.ListGenerationsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_jobs_pb2.ListGenerationsResponse, _abc.Awaitable[_jobs_pb2.ListGenerationsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def GetController(
+        self,
+        request: _jobs_pb2.GetControllerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.GetControllerResponse, _abc.Awaitable[_jobs_pb2.GetControllerResponse]]:
+        """Every controller answers for itself, also one that does not lead."""
 
     @_abc_1.abstractmethod
     def ListPoints(

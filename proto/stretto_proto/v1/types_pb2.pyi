@@ -315,6 +315,31 @@ class CheckpointCommitted(_message.Message):
 Global___CheckpointCommitted: _TypeAlias = CheckpointCommitted  # noqa: Y015
 
 @_typing.final
+class Leader(_message.Message):
+    """With UNAVAILABLE, in the trailing metadata `stretto-leader-bin`: this controller does not lead, that one does."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GRPC_ADDRESS_FIELD_NUMBER: _builtins.int
+    HTTP_URL_FIELD_NUMBER: _builtins.int
+    grpc_address: _builtins.str
+    """HOST:PORT for agents, workers and tools; empty while there is none."""
+    http_url: _builtins.str
+    def __init__(
+        self,
+        *,
+        grpc_address: _builtins.str = ...,
+        http_url: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grpc_address", b"grpc_address", "http_url", b"http_url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Leader: _TypeAlias = Leader  # noqa: Y015
+
+@_typing.final
 class CheckpointFailed(_message.Message):
     """A save that came to nothing; the checkpoint before it is as it was."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import typer
 
+from stretto import credentials
 from stretto.channel import ENDPOINT_VARIABLE
 from stretto.errors import Fatal
 from stretto.rendezvous.settings import job_name
@@ -110,6 +111,9 @@ def _controller(given: str | None, job: str) -> Iterator[str]:
         return
     from stretto.embedded import EmbeddedController
 
+    # It is on loopback and ends with this node: what belongs to a controller elsewhere would keep us out.
+    for name in credentials.VARIABLES:
+        os.environ.pop(name, None)
     with EmbeddedController(_DATA_ROOT / job_name(job)) as controller:
         typer.echo(f"job {job}: page {controller.url}/, metrics {controller.url}/metrics")
         typer.echo(f"more nodes: stretto run --endpoint {controller.endpoint} --job {job} ...")

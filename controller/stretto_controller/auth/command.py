@@ -1,0 +1,33 @@
+"""`stretto token`: make one."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from stretto_controller.auth.access import Principal, Role
+from stretto_controller.auth.tokens import line_of, new_token
+from stretto_controller.core.errors import Rejected
+from stretto_controller.wire import checks
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `stretto`."""
+    app.command("token")(token)
+
+
+def token(
+    role: Annotated[Role, typer.Argument(help="admin: everything; viewer: sees everything; job: one job alone.")],
+    job: Annotated[str, typer.Argument(help="The job's name, with `job`.")] = "",
+) -> None:
+    """Make a token: on stdout the token, for STRETTO_TOKEN; on stderr the line for the controller's tokens file."""
+    if (role is Role.JOB) != bool(job):
+        raise typer.BadParameter("give a job's name with `job`, and only then: stretto token job digits")
+    try:
+        who = Principal(role, checks.job_name(job) if job else "")
+    except Rejected as error:
+        raise typer.BadParameter(error.message) from error
+    made = new_token()
+    typer.echo(made)
+    typer.echo(line_of(who, made), err=True)

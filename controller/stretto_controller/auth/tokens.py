@@ -1,0 +1,152 @@
+"""Bearer tokens: a file of hashes, read again when it changes. No token is kept, or shown, anywhere.
+
+A line is `admin sha256:HASH`, `viewer sha256:HASH` or `job/NAME sha256:HASH`; several lines may give the same right, so
+that a token can be replaced while the old one still works. Tokens are 32 random bytes, so a plain hash is enough.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from stretto_controller.auth.access import Access, Principal, Role, may_call, may_touch
+from stretto_controller.core.errors import Rejected
+from stretto_controller.wire import checks
+
+_log = logging.getLogger("stretto.controller")
+_LINE = re.compile(r"(admin|viewer|job/([^\s/]+))\s+sha256:([0-9a-f]{64})")
+# A longer one is no token of ours, and is not hashed.
+_LENGTH_LIMIT = 512
+
+Everybody = Principal(Role.ADMIN)
+
+
+class Unauthenticated(Exception):
+    """No token came, or none that is known. The message never holds it."""
+
+
+def new_token() -> str:
+    return secrets.token_urlsafe(32)
+
+
+def line_of(who: Principal, token: str) -> str:
+    """The line of the tokens file that gives this token its right."""
+    return f"{who} sha256:{_hash(token)}"
+
+
+class Tokens:
+    """Who a token belongs to. file None: no tokens are asked for, and everybody is an admin."""
+
+    def __init__(
+        self, file: Path | None, reload_interval_s: float, monotonic_s: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Raises ValueError when the file cannot be read or says nothing."""
+        self._file = file
+        self._reload_interval_s = reload_interval_s
+        self._monotonic_s = monotonic_s
+        self._looked_s = monotonic_s()
+        self._stamp = _stamp(file)
+        self._hashes = read_tokens(file) if file is not None else []
+
+    def caller(self, access: Access, authorization: str) -> Principal:
+        """Who calls with this Authorization header. Raises Unauthenticated, or Rejected where they may not call it."""
+        if self._file is None:
+            return Everybody
+        who = self._principal(_token(authorization)) if authorization else None
+        if may_call(access, who):
+            return who or Principal(Role.VIEWER)
+        if who is None:
+            raise Unauthenticated(
+                "the token is not known here"
+                if authorization
+                else "a token is needed: set STRETTO_TOKEN, or send Authorization: Bearer TOKEN"
+            )
+        raise Rejected.denied(f"a token of {who} may not do this: it takes {access}")
+
+    def _principal(self, token: str) -> Principal | None:
+        self._reload()
+        digest = _hash(token)
+        found = None
+        # All of them, whichever fits: the time that it takes tells nothing.
+        for known, who in self._hashes:
+            if hmac.compare_digest(known, digest):
+                found = who
+        return found
+
+    def _reload(self) -> None:
+        if self._file is None or self._monotonic_s() - self._looked_s < self._reload_interval_s:
+            return
+        self._looked_s = self._monotonic_s()
+        stamp = _stamp(self._file)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._hashes = read_tokens(self._file)
+        except ValueError as error:
+            _log.error("the tokens stay as they were: %s", error)
+        else:
+            _log.info("read %d tokens again from %s", len(self._hashes), self._file)
+
+
+def check_job(who: Principal, job: str) -> None:
+    """Raises Rejected when the call is about a job that is not theirs."""
+    if not may_touch(who, job):
+        raise Rejected.denied(f"a token of {who} may not touch job {checks.shown(job)}")
+
+
+def read_tokens(file: Path) -> list[tuple[str, Principal]]:
+    """Hashes and whose they are. Raises ValueError, naming the line, never its content."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the tokens file {file}: {error}") from error
+    found = []
+    for number, line in enumerate(lines, start=1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        match = _LINE.fullmatch(text)
+        if match is None:
+            raise ValueError(
+                f"line {number} of {file} is not `admin sha256:HASH`, `viewer sha256:HASH` or `job/NAME sha256:HASH`; "
+                "`stretto token` makes such lines"
+            )
+        role = Role(match[1].partition("/")[0])
+        found.append((match[3], Principal(role, match[2] or "")))
+    if not found:
+        raise ValueError(f"{file} holds no tokens, so nobody could call; `stretto token admin` makes the first")
+    return found
+
+
+def _token(authorization: str) -> str:
+    """The token of `Bearer TOKEN`, or of `Basic`, which browsers speak: any user name, the token as password."""
+    scheme, _, value = authorization.partition(" ")
+    value = value.strip()
+    if scheme.lower() == "basic" and len(value) <= _LENGTH_LIMIT:
+        try:
+            return base64.b64decode(value, validate=True).decode().partition(":")[2]
+        except (binascii.Error, UnicodeDecodeError):
+            return ""
+    return value if scheme.lower() == "bearer" and len(value) <= _LENGTH_LIMIT else ""
+
+
+def _hash(token: str) -> str:
+    return hashlib.sha256(token.encode(errors="replace")).hexdigest()
+
+
+def _stamp(file: Path | None) -> tuple[int, int, int] | None:
+    """Changes when the file does."""
+    try:
+        status = file.stat() if file is not None else None
+    except OSError:
+        return None
+    return (status.st_mtime_ns, status.st_size, status.st_ino) if status is not None else None
