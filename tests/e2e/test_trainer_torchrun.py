@@ -44,6 +44,8 @@ def _steps_taken_back(lines: list[str]) -> int:
 def test_nothing_is_done_twice_when_nodes_join_and_drain(controller: ControllerProcess, tmp_path: Path) -> None:
     with Agents(tmp_path / "agents", controller.grpc, nnodes="1:3") as agents:
         options = (str(tmp_path), "1200", "1")
+        slowly = tmp_path / "slowly"
+        slowly.touch()
         agents.torchrun("n0", SCRIPT, *options)
         generation = agents.wait_for_steps("n0", world_size=1)
         agents.torchrun("n1", SCRIPT, *options, slots=2)
@@ -51,6 +53,7 @@ def test_nothing_is_done_twice_when_nodes_join_and_drain(controller: ControllerP
         controller.restart()
         agents.signal("n0", signal.SIGTERM)
         agents.wait_for_steps("n1", world_size=2, newer_than=generation)
+        slowly.unlink()
         assert agents.exit_code("n1") == 0, agents.output("n1")
         lines = _log(tmp_path)
         assert used_exactly_once(lines)

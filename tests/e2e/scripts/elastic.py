@@ -1,6 +1,7 @@
 """A small ElasticTrainer. usage: elastic.py DIRECTORY TARGET_TAU [NUM_WORKERS]; logs as allreduce.py does.
 
-DIRECTORY gets checkpoints, and `samples`, the log of committed sample indices.
+DIRECTORY gets checkpoints, and `samples`, the log of committed sample indices. While there is a file `slowly` in it,
+steps take their time, so that training does not end before what happens to it.
 """
 
 import json
@@ -47,4 +48,4 @@ for report in trainer:
         "step": report.step,
     }
     log_file.write(json.dumps(row) + "\n")
-    time.sleep(0.01)
+    time.sleep(0.2 if os.path.exists(os.path.join(directory, "slowly")) else 0.01)
