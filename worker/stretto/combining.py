@@ -87,6 +87,12 @@ class Combining:
         if self._states is not None:
             self._states.gather(self._names, self._transport)
 
+    def saved(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state as a checkpoint takes it, after `gather`: ranks share it out, so it has to be the same on all."""
+        if not self.per_rank:
+            return state
+        return {**state, "optimizer": {**state["optimizer"].state_dict(), "state": {}}}
+
     def written(self) -> None:
         """The checkpoint is written."""
         if self._states is not None:

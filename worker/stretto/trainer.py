@@ -364,7 +364,7 @@ class ElasticTrainer:
         """Begin a checkpoint of the latest step, and perhaps wait for it. On all ranks."""
         self._combining.gather()
         save = self._saver.save if wait else self._saver.start
-        save(self._state(), step=self._position.step, tau=self.tau)
+        save(self._combining.saved(self._state()), step=self._position.step, tau=self.tau)
         self._combining.written()
 
     def _begin_log(self) -> None:
