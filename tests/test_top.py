@@ -7,12 +7,12 @@ import math
 import os
 import pty
 import select
-import signal
 import struct
 import subprocess
 import termios
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pyte
@@ -109,10 +109,15 @@ class Terminal:
     def __init__(self, *command: str) -> None:
         self._screen = pyte.Screen(80, 24)
         self._stream = pyte.ByteStream(self._screen)
-        self.pid, self._master = pty.fork()
-        if self.pid == 0:
-            os.execvpe(command[0], command, {**os.environ, "TERM": "xterm-256color", "COLUMNS": "", "LINES": ""})
-        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        # Not pty.fork: this process has gRPC's threads, and the child of a fork would crash in them.
+        self._master, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+        environment["TERM"] = "xterm-256color"
+        self._process = subprocess.Popen(
+            command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
+        )
+        os.close(theirs)
 
     @property
     def text(self) -> str:
@@ -132,25 +137,18 @@ class Terminal:
         os.write(self._master, keys.encode())
 
     def exit_code(self) -> int:
+        """Of the command, which is about to end; what it still says is read meanwhile."""
         deadline_s = time.monotonic() + PATIENCE_S
-        while True:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                return os.waitstatus_to_exitcode(status)
+        while self._process.poll() is None:
             assert time.monotonic() < deadline_s, self.text
             if select.select([self._master], [], [], 0.05)[0]:
-                try:
+                with suppress(OSError):
                     self._stream.feed(os.read(self._master, 65536))
-                except OSError:
-                    time.sleep(0.05)
+        return self._process.returncode
 
     def close(self) -> None:
-        try:
-            if os.waitpid(self.pid, os.WNOHANG)[0] == 0:
-                os.kill(self.pid, signal.SIGKILL)
-                os.waitpid(self.pid, 0)
-        except ChildProcessError:
-            pass
+        self._process.kill()
+        self._process.wait()
         os.close(self._master)
 
 

@@ -284,6 +284,16 @@ async def test_the_fleet_is_told_by_its_changes_and_a_deleted_job_goes(site: Sit
     await follower.aclose()  # type: ignore[attr-defined]  # a generator
 
 
+async def test_a_page_is_let_go_when_the_controller_stops(site: Site) -> None:
+    follower = Feed(site.bench.runner, Watchers(site.bench.runner, 10), 0.01).follow("a", Position())
+    await anext(follower)
+    stopping = asyncio.ensure_future(site.bench.runner.stop())
+    await asyncio.sleep(0)
+    await site.bench.store.finish()
+    await stopping
+    assert [told(frame)[1] async for frame in follower] in ([], ["job"])
+
+
 async def test_pages_beyond_the_limit_and_of_unknown_jobs_are_refused(site: Site) -> None:
     watchers = Watchers(site.bench.runner, 1)
     feed = Feed(site.bench.runner, watchers, 0.01)

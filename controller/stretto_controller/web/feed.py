@@ -72,7 +72,8 @@ class Feed:
             self._begin()
             try:
                 number, first = -1, True
-                while True:
+                # A controller that stops lets its pages go, which then look for the next one.
+                while self._runner.ready:
                     # One that was slow to read gets the whole list: it missed a change.
                     if self._number == number + 1 and not first:
                         if self._changes:
