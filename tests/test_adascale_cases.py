@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ddp_variants import ALONE, Loop, a_grad_scaler_with_an_infinity_on_one_rank, two_ranks_then_one_then_two
+from ddp_loop import ALONE, Loop
+from ddp_variants import a_grad_scaler_with_an_infinity_on_one_rank, two_ranks_then_one_then_two
 from gain_oracle import GainOracle, statistics
 from rank_scenarios import Scenario, expect, in_ranks, run
 from stretto import AdaScale

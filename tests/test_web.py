@@ -112,6 +112,8 @@ async def test_delete_forgets_the_job(site: Site) -> None:
         ("PATCH", "/api/v1/jobs/a", {"json": {"nodes": True}}, 400, "invalid", "nodes"),
         ("PATCH", "/api/v1/jobs/a", {"json": {}}, 400, "invalid", "exactly one"),
         ("PATCH", "/api/v1/jobs/a", {"json": {"nodes": 1, "paused": True}}, 400, "invalid", "exactly one"),
+        ("PATCH", "/api/v1/jobs/a", {"json": {"nodes": 1, "checkpoint": True}}, 400, "invalid", "exactly one"),
+        ("PATCH", "/api/v1/jobs/a", {"json": {"checkpoint": False}}, 400, "invalid", "checkpoint"),
         ("PATCH", "/api/v1/jobs/a", {"json": {"node": 1}}, 400, "invalid", "node"),
         ("PATCH", "/api/v1/jobs/a", {"content": b"{"}, 400, "invalid", ""),
         ("PATCH", "/api/v1/jobs/a", {"content": b"x" * 5000}, 413, "http", "above 1000 bytes"),

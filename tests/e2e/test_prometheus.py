@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,11 +183,10 @@ def test_promtool_finds_no_fault(arguments: tuple[str, ...]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_openmetrics_page_is_what_promtool_expects(watched: Watched) -> None:
-    text = subprocess.run(
-        ["curl", "-sf", f"{watched.controller.http}/metrics"], capture_output=True, check=True, timeout=60
-    ).stdout
+def test_promtool_can_read_the_metrics_page(watched: Watched) -> None:
+    with urllib.request.urlopen(f"{watched.controller.http}/metrics", timeout=60) as response:
+        text = response.read()
     done = subprocess.run([installed("promtool"), "check", "metrics"], input=text, capture_output=True, timeout=60)
-    # It finds that counts such as stretto_nodes have no base unit; names are fixed, so only faults of syntax count.
+    # 3: it would have other names, with base units; names are fixed, so only faults of syntax count.
+    assert done.returncode in (0, 3), done.stderr
     assert b"error" not in done.stderr.lower(), done.stderr
-    assert done.returncode in (0, 3)

@@ -47,10 +47,6 @@ def checked_optimizer(optimizer: Optimizer) -> Optimizer:
     """Return an optimizer that AdaScale can wrap, or say why it cannot."""
     if "AdaScale" in {base.__name__ for base in type(optimizer).__mro__}:
         raise ValueError("optimizer is an AdaScale already; wrap the optimizer inside it once")
-    if "DeltaOptimizer" in {base.__name__ for base in type(optimizer).__mro__}:
-        raise ValueError(
-            "optimizer is Adasum's DeltaOptimizer, which scales by itself; use AdaScale or Adasum, not both"
-        )
     if not isinstance(optimizer, Optimizer):
         raise ValueError(f"optimizer is a {type(optimizer).__name__}; allowed: a torch.optim.Optimizer")
     if any("lr" not in group for group in optimizer.param_groups):

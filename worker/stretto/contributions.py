@@ -50,8 +50,6 @@ def make_contributions(
 ) -> Contributions:
     """Return what watches this model: DDP's buckets, FSDP2's reduce-scatters, or the parameters of a bare module."""
     pair = comm_hook if comm_hook is None or isinstance(comm_hook, tuple) else (None, comm_hook)
-    if pair is not None and getattr(pair[1], "__module__", "").startswith("stretto.adasum"):
-        raise ValueError("comm_hook is Adasum's, which scales by itself; use AdaScale or Adasum, not both")
     if is_sharded(module):
         if pair is not None:
             raise ValueError("comm_hook is a hook of DDP, and the model is sharded by fully_shard, which has none")

@@ -140,10 +140,12 @@ def _add_jobs(app: FastAPI, runner: Runner) -> None:
 
     @app.patch("/api/v1/jobs/{job}")
     async def change_job(name: JobName, patch: schema.JobPatch) -> schema.JobOut:
-        """Scale, pause or resume. Answers once the wish is saved; nodes follow."""
+        """Scale, pause, resume or save. Answers once the wish is saved; nodes follow."""
         event: ev.Event
         if patch.nodes is not None:
             event = ev.ScaleRequested(patch.nodes)
+        elif patch.checkpoint:
+            event = ev.CheckpointRequested()
         else:
             event = ev.PauseRequested() if patch.paused else ev.ResumeRequested()
         await runner.decide(checks.job_name(name), event)

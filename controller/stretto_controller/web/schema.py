@@ -143,17 +143,18 @@ class EventsOut(BaseModel):
 
 
 class JobPatch(BaseModel):
-    """What is wanted of the job: exactly one of the two."""
+    """What is wanted of the job: exactly one of the three."""
 
     model_config = ConfigDict(extra="forbid")
 
     nodes: StrictInt | None = Field(default=None, ge=1, le=2**31 - 1)
     paused: StrictBool | None = None
+    checkpoint: Literal[True] | None = Field(default=None, description="write one at the next step boundary")
 
     @model_validator(mode="after")
     def _exactly_one(self) -> JobPatch:
-        if (self.nodes is None) == (self.paused is None):
-            raise ValueError('give exactly one of {"nodes": n} and {"paused": true or false}')
+        if [self.nodes, self.paused, self.checkpoint].count(None) != 2:
+            raise ValueError('give exactly one of {"nodes": n}, {"paused": true or false} and {"checkpoint": true}')
         return self
 
 

@@ -40,6 +40,7 @@ class Store:
         self._fs: Any = fs
         self._root = str(root).rstrip("/") or "/"
         self.local = isinstance(fs, LocalFileSystem)
+        self._made = False
         self._objects = self.url.partition("://")[0] in _OBJECT_STORES
 
     def at(self, *parts: str) -> str:
@@ -69,7 +70,9 @@ class Store:
         if not self._objects:
             self._fs.makedirs(self.at(folder) if folder else self._root, exist_ok=True)
         if self.local:
-            _sync(Path(self._root).parent)
+            if not self._made:
+                _sync(Path(self._root).parent)
+                self._made = True
             _sync(Path(self._root))
 
     def write(self, path: str, chunks: Iterable[Bytes]) -> None:
@@ -131,13 +134,8 @@ class Store:
     def remove_folder(self, folder: str, *, first: str) -> None:
         """Delete a folder with its files, if it is there; `first` goes before the others."""
         self.remove(f"{folder}/{first}")
-        self.sync_if_there(folder)
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm(self.at(folder), recursive=True)
-
-    def sync_if_there(self, folder: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self.sync(folder)
 
     def _write_local(self, path: str, chunks: Iterable[Bytes]) -> None:
         partial = path + _PARTIAL

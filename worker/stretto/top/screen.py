@@ -70,6 +70,9 @@ class Screen:
             self._ask_scale(1 if key in ("+", "=") else -1)
         elif key == "p":
             self._ask_pause()
+        elif key == "c" and (job := self._chosen()) is not None:
+            name = job.name
+            self._ask(f"Write a checkpoint of {name} after this step?", lambda: self._client.checkpoint(name))
         return True
 
     def _chosen(self) -> jobs_pb2.Job | None:

@@ -87,7 +87,7 @@ def draw(picture: Picture, width: int) -> RenderableType:
 
 def keys_line(sort: str) -> Text:
     return Text(
-        f"↑ ↓ job   s sort: {sort}   + - scale   p pause/resume   q quit",
+        f"↑ ↓ job   s sort: {sort}   + - scale   p pause/resume   c checkpoint   q quit",
         style="dim",
         no_wrap=True,
         overflow="ellipsis",

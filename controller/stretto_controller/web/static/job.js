@@ -5,7 +5,7 @@ import { askNodes, confirmed } from "./dialogs.js";
 import { bytes, clock, duration, element, number, phaseTag, say, table, tauBar, words } from "./elements.js";
 import { ask } from "./stream.js";
 
-const KEPT_EVENTS = 1000, SHOWN_EVENTS = 200;
+const KEPT_EVENTS = 1000, SHOWN_EVENTS = 200, SHOWN_CHECKPOINTS = 20;
 // Then the page begins again with what the controller keeps, which is thinner.
 const MOST_POINTS = 20000;
 const SPANS = [["all", 0], ["1 h", 3600], ["10 min", 600], ["1 min", 60]];
@@ -35,6 +35,7 @@ export class JobPage {
     this.buttons = {
       scale: element("button", { type: "button", onclick: () => this.scale() }, "Scale…"),
       pause: element("button", { type: "button", onclick: () => this.pause() }, "Pause…"),
+      checkpoint: element("button", { type: "button", onclick: () => this.act("PATCH", { checkpoint: true }, "It saves after a step.") }, "Checkpoint"),
       delete: element("button", { type: "button", class: "harm", onclick: () => this.remove() }, "Delete…"),
     };
     this.nodes = element("div", {});
@@ -73,8 +74,8 @@ export class JobPage {
     this.replace("nodes", this.nodeRows(), (rows) => rows.length
       ? table("Nodes", ["rank", "node", "state", "stream", "slots", "ranks", "step", "address"], rows.map((row) => row.map(cell)))
       : element("p", { class: "dim" }, "None are there."));
-    this.replace("checkpoints", this.checkpointRows(), (rows) => rows.length
-      ? table("Checkpoints", ["age", "step", "tau", "generation", "size", "path"], rows) : element("p", { class: "dim" }, "None was committed yet."));
+    this.replace("checkpoints", [this.checkpointRows(), this.events.findLast((event) => /^checkpoint/.test(event.kind))?.sequence],
+      ([rows]) => this.checkpointPart(rows));
     this.replace("history", this.generationRows(), (rows) =>
       table("Generations", ["number", "began", "nodes", "S", "mean gain", "effective lr", "steps", "tau", "pause", "cause", "ended by"], rows));
     this.replace("story", this.events.slice(-SHOWN_EVENTS).map((event) => event.sequence), () => this.timeline());
@@ -102,6 +103,7 @@ export class JobPage {
     say(this.under[1], `${number(job.progress_rate)} iterations/s${job.remaining_s === null ? "" : `, ${duration(job.remaining_s)} left`}`);
     const finished = ["succeeded", "failed"].includes(job.phase);
     this.buttons.scale.disabled = this.buttons.pause.disabled = finished;
+    this.buttons.checkpoint.disabled = job.phase !== "running";
     say(this.buttons.pause, job.paused ? "Resume" : "Pause…");
     const pairs = [
       ["generation", generation?.number ?? "–"], ["workers", generation?.world_size ?? "–"], ["scale S", number(generation?.scale)],
@@ -134,6 +136,14 @@ export class JobPage {
       String(latest.generation), bytes(latest.size_bytes), latest.path]];
   }
 
+  checkpointPart(rows) {
+    if (!rows.length) return element("p", { class: "dim" }, "None was committed yet.");
+    const earlier = this.events.filter((event) => /^checkpoint_(committed|failed)$/.test(event.kind)).slice(-SHOWN_CHECKPOINTS).reverse();
+    return element("div", {}, table("Latest checkpoint", ["age", "step", "tau", "generation", "size", "path"], rows),
+      earlier.length ? element("details", {}, element("summary", {}, "The latest saves"), element("ul", { class: "saves" },
+        earlier.map((event) => element("li", { class: BAD.test(event.kind) ? "bad" : "" }, `${clock(event.time_s)} ${event.reason}`)))) : null);
+  }
+
   generationRows() {
     return [...this.generations.values()].reverse().slice(0, SHOWN_EVENTS).map((g) => [
       String(g.generation.number), clock(g.started_s), String(g.generation.members.length), number(g.generation.scale), number(g.mean_gain),
@@ -143,7 +153,7 @@ export class JobPage {
   }
 
   timeline() {
-    const entries = this.events.slice(-SHOWN_EVENTS).reverse().map((event) => element("li", {},
+    const entries = this.events.slice(-SHOWN_EVENTS).reverse().map((event) => element("li", { "data-sequence": event.sequence },
       element("time", { datetime: new Date(event.time_s * 1000).toISOString() }, clock(event.time_s)),
       element("b", { class: BAD.test(event.kind) ? "bad" : "" }, words(event.kind)),
       event.generation ? element("span", { class: "dim" }, `generation ${event.generation}`) : null,
