@@ -167,11 +167,10 @@ async def test_a_job_s_token_can_touch_nothing_else_whatever_the_path(guarded: G
         assert "min_nodes" not in answer.text
 
 
-async def test_a_browser_is_asked_for_the_token_and_may_send_it_as_a_password(guarded: Guarded) -> None:
+async def test_who_sends_no_token_is_told_which_kind_is_asked_for(guarded: Guarded) -> None:
     refused = await guarded.http.get("/api/v1/jobs")
-    assert refused.headers["www-authenticate"].startswith("Basic")
-    answer = await guarded.http.get("/api/v1/jobs", auth=("anybody", guarded.tokens["viewer"]))
-    assert answer.status_code == 200
+    assert refused.headers["www-authenticate"] == 'Bearer realm="stretto"'
+    assert "STRETTO_TOKEN" in refused.json()["message"]
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,6 @@ that a token can be replaced while the old one still works. Tokens are 32 random
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import hmac
 import logging
@@ -26,7 +24,7 @@ _LINE = re.compile(r"(admin|viewer|job/([^\s/]+))\s+sha256:([0-9a-f]{64})")
 # A longer one is no token of ours, and is not hashed.
 _LENGTH_LIMIT = 512
 
-Everybody = Principal(Role.ADMIN)
+EVERYBODY = Principal(Role.ADMIN)
 
 
 class Unauthenticated(Exception):
@@ -59,7 +57,7 @@ class Tokens:
     def caller(self, access: Access, authorization: str) -> Principal:
         """Who calls with this Authorization header. Raises Unauthenticated, or Rejected where they may not call it."""
         if self._file is None:
-            return Everybody
+            return EVERYBODY
         who = self._principal(_token(authorization)) if authorization else None
         if may_call(access, who):
             return who or Principal(Role.VIEWER)
@@ -128,14 +126,9 @@ def read_tokens(file: Path) -> list[tuple[str, Principal]]:
 
 
 def _token(authorization: str) -> str:
-    """The token of `Bearer TOKEN`, or of `Basic`, which browsers speak: any user name, the token as password."""
+    """The token of `Bearer TOKEN`; empty where there is none."""
     scheme, _, value = authorization.partition(" ")
     value = value.strip()
-    if scheme.lower() == "basic" and len(value) <= _LENGTH_LIMIT:
-        try:
-            return base64.b64decode(value, validate=True).decode().partition(":")[2]
-        except (binascii.Error, UnicodeDecodeError):
-            return ""
     return value if scheme.lower() == "bearer" and len(value) <= _LENGTH_LIMIT else ""
 
 

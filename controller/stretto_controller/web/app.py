@@ -82,8 +82,7 @@ def _answer_errors(app: FastAPI) -> None:
         status, word, message = http_status(error)
         response = answer(status, word, message)
         if isinstance(error, Unauthenticated):
-            # A browser then asks for it: any user name, the token as password.
-            response.headers["WWW-Authenticate"] = 'Basic realm="stretto", charset="UTF-8"'
+            response.headers["WWW-Authenticate"] = 'Bearer realm="stretto"'
         if isinstance(error, Unavailable):
             response.headers["Retry-After"] = "1"
             if error.leader.http_url:
