@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-import queue
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -223,22 +224,24 @@ def test_buffers_while_the_controller_is_down_and_says_it_when_it_is_back(server
 
 
 def test_learns_the_scale_and_the_wish_to_leave(server: Server, sessions: Any) -> None:
-    answered: queue.Queue[bool] = queue.Queue()
+    looked = threading.Event()
 
     def script(requests: Iterator[pb.TrainRequest], context: Any) -> Iterator[pb.TrainResponse]:
         next(requests)
         yield pb.TrainResponse(welcome=pb.WorkerWelcome(scale=2.0))
+        assert looked.wait(WAIT_S)
         yield pb.TrainResponse(leave=pb.LeaveGeneration(generation=4, reason="node-b joins"))
-        next(requests)
-        answered.put(True)
+        for _ in requests:
+            pass
 
     server.start(ScriptedTraining(script, welcome_and_listen))
     session = sessions(server.endpoint)
     assert not session.leave_requested
-    session.report(FIGURES)
-    answered.get(timeout=WAIT_S)
-    session.close()
-    assert session.leave_requested
+    looked.set()
+    deadline_s = time.monotonic() + WAIT_S
+    while not session.leave_requested:
+        assert time.monotonic() < deadline_s, "the wish was not heard"
+        time.sleep(0.01)
     assert session.scale == 2.0
 
 
