@@ -89,6 +89,7 @@ def test_a_crashed_worker_s_peers_go_on_and_it_comes_back(job: RawJob) -> None:
     assert n1.stream.next() is None
     assert n1.stream.status()[0] is grpc.StatusCode.ABORTED
     job.worker("n1").connect()
+    assert n0.hears("save").reason == "the job has shrunk to its minimum"
     assert n0.hears("leave").generation == 2
     n0.ask(15)
     assert (n0.place().source_rank, job.workers["n1"].place().rank) == (0, 1)
@@ -142,7 +143,7 @@ def test_below_min_nodes_the_state_waits_in_memory(controller: ControllerProcess
         eventually(lambda: job.shown()["phase"] == "waiting")
         assert job.shown()["reason"] == "1 of at least 2 nodes are there; they keep the state"
         with urllib.request.urlopen(f"{controller.http}/metrics", timeout=10) as metrics:
-            assert b'stretto_phase{phase="waiting",training_job="a"} 1.0' in metrics.read()
+            assert b'stretto_phase{training_job="a",phase="waiting"} 1' in metrics.read()
         # The state may be saved meanwhile, and the controller may fail.
         n0.say(checkpoint=types.CheckpointCommitted(generation=1, step=10, tau=10, path="/c"))
         eventually(lambda: (job.shown()["checkpoint"] or {}).get("step") == 10)
@@ -227,6 +228,7 @@ def test_who_does_not_answer_the_cut_is_ended_by_its_agent_and_kept_out_until_th
     job.nodes["n1"].ready()
     assert not job.nodes["n1"].hears("start_workers").at_fault
     job.worker("n1").connect()
+    assert n0.hears("save").reason == "the job has shrunk to its minimum"
     assert n0.hears("leave").generation == 2
 
 
