@@ -227,8 +227,12 @@ class Invariants:
         silent_s = max(now_s - self._heard_s.get(session_id, 0.0) for session_id in sessions)
         patience_s = min(limits.closed_stream_s, limits.missed_heartbeats * limits.heartbeat_interval_s)
         since_s = now_s - (self._outage_s if self._outage_s is not None else -math.inf)
+        # Whose own stream had broken before the outage is silent for that.
+        speakers = [self._worker(w.session_id).stream for w in before.live.workers.of(lost.node_id)]
+        speakers += [each.stream for each in self._world.agents if each.alive and each.node_id == lost.node_id]
+        own_fault = any(0.0 < stream.broken_s < now_s - since_s for stream in speakers)
         require(
-            not (_BLIP_S < since_s < limits.recovery_grace_s and silent_s > since_s - _BLIP_S),
+            own_fault or not (_BLIP_S < since_s < limits.recovery_grace_s and silent_s > since_s - _BLIP_S),
             "%s was lost for an outage of the controller's network, %.2f s after that began",
             lost.node_id,
             since_s,
