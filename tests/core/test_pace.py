@@ -188,6 +188,22 @@ def test_a_controller_that_was_held_up_blames_nobody_for_it() -> None:
     assert slow(steps.run(10.0)) == []
 
 
+def test_who_has_just_begun_is_not_blamed_for_a_wait_that_is_over() -> None:
+    """All wait for one to be synchronised; the first who is at work on the step then says so before the others do."""
+    story = Story(JobSpec(1, 3, Mode.IN_PROCESS, base_batch_size=8, batch_size=8))
+    story.lives("n0", "n1", "n2")
+    story.now_s = LIMITS.hang_limit_s
+    for node_id in ("n0", "n1"):
+        story.paces(f"{node_id}/0", step=1, waiting_s=LIMITS.hang_limit_s - 0.5)
+    story.paces("n2/0", step=1, working_s=0.2)
+    story.now_s += 0.8
+    assert story.state is not None
+    (lag,) = pace.lags(story.state, LIMITS)
+    assert lag.worker.node_id == "n2"
+    assert lag.since_s == pytest.approx(LIMITS.hang_limit_s - 0.2)
+    assert lag.hung_s is None
+
+
 def test_known_progress_outdates_a_wait() -> None:
     steps = Steps(slow_at(-1, -1, 0.0))
     steps.run(3.0)

@@ -126,6 +126,33 @@ def live_the_last_survivor_saves_when_it_has_to_go() -> Story:
 
 
 @STORIES.tell
+def live_of_two_that_drain_the_one_with_more_saves() -> Story:
+    s = _two_at_step_10()
+    s.sigterm("n0/0")
+    s.asks("n0/0", step=12)
+    s.sigterm("n1/0")
+    s.asks("n1/0", step=11, failed=True)
+    s.saves("n0/0", 12)
+    s.tell(ev.WorkerStreamClosed("n0/0"), "the stream of worker n0/0 closes")
+    s.leaves("n0")
+    return s
+
+
+@STORIES.tell
+def live_the_late_word_of_an_ended_worker_keeps_none_of_the_next_out() -> Story:
+    s = _job(1, 1)
+    s.lives("n0")
+    s.live_steps("n0/0", 10)
+    s.ready("n0", failed=True, exit_signal=15)
+    late = ev.WorkerHello("n0/0 late", "n0", 0, 0, 1, JobSpec())
+    s.tell(late, "a hello of the worker that has ended arrives")
+    s.tell(ev.WorkerDraining("n0/0 late", 1), "so does its word that it had SIGTERM")
+    s.worker_comes("n0")
+    s.passes(1)
+    return s
+
+
+@STORIES.tell
 def live_who_is_late_is_left_behind_and_joins_when_it_asks() -> Story:
     s = _job(1, 3)
     s.lives("n0", "n1", "n2")

@@ -233,8 +233,8 @@ class Faults:
         """SIGSTOP; inf: it is never continued."""
         if not worker.alive:
             return
-        if worker.state.request is None and not worker.state.generation:
-            # Nobody but a person can tell a process that hangs before it has ever spoken from one that takes long.
+        if not worker.stream.was_answered:
+            # Nobody but a person can tell a process that hangs before it was ever heard from one that takes long.
             duration_s = min(duration_s, 10.0)
         self.counts["worker frozen"] += 1
         worker.freeze()

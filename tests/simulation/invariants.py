@@ -85,6 +85,10 @@ class Invariants:
         self._told_step = 0
         # When the controller was last spoken to on each stream.
         self._heard_s: dict[str, float] = {}
+        # Workers that the controller let go, or had ended, while others were there that held the committed steps.
+        self._let_go: set[int] = set()
+        # Checkpoints of a branch that no fence had ended yet.
+        self._branches: set[State] = set()
         # The keys of agents that were sent home.
         self._dismissed: set[str] = set()
         # When the controller's own network last failed.
@@ -112,6 +116,8 @@ class Invariants:
     def decided(self, before: JobState | None, event: ev.Event, decision: Decision) -> None:
         """The core has decided on an event."""
         self._note_sign_of_life(event)
+        if isinstance(event, ev.WorkerHello):
+            self._let_go.discard(self._worker(event.session_id).port)
         if isinstance(event, _FREQUENT):
             return
         world, state = self._world, decision.state
@@ -139,6 +145,8 @@ class Invariants:
             elif isinstance(action, ac.LogEvent) and action.kind == "node_joined" and isinstance(event, ev.NodeHello):
                 known = event.key_hash in self._dismissed and not self._forgotten
                 require(not known, "%s joins again, though its agent was sent home", event.node_id)
+            elif isinstance(action, ac.CloseSession):
+                self._note_who_is_let_go(state, action.session_id)
             elif isinstance(action, ac.Dismiss) and before is not None and action.node_id in before.record.nodes:
                 self._dismissed.add(before.record.nodes[action.node_id].key_hash)
         if state.record.phase is Phase.PAUSED and before is not None and before.record.phase is not Phase.PAUSED:
@@ -219,8 +227,12 @@ class Invariants:
         silent_s = max(now_s - self._heard_s.get(session_id, 0.0) for session_id in sessions)
         patience_s = min(limits.closed_stream_s, limits.missed_heartbeats * limits.heartbeat_interval_s)
         since_s = now_s - (self._outage_s if self._outage_s is not None else -math.inf)
+        # Whose own stream had broken before the outage is silent for that.
+        speakers = [self._worker(w.session_id).stream for w in before.live.workers.of(lost.node_id)]
+        speakers += [each.stream for each in self._world.agents if each.alive and each.node_id == lost.node_id]
+        own_fault = any(0.0 < stream.broken_s < now_s - since_s for stream in speakers)
         require(
-            not (_BLIP_S < since_s < limits.recovery_grace_s and silent_s > since_s - _BLIP_S),
+            own_fault or not (_BLIP_S < since_s < limits.recovery_grace_s and silent_s > since_s - _BLIP_S),
             "%s was lost for an outage of the controller's network, %.2f s after that began",
             lost.node_id,
             since_s,
@@ -411,7 +423,7 @@ class Invariants:
         state = saved.state if saved is not None else self._world.fresh
         if not self._forgotten and generation >= self._tip_generation:
             require(
-                self._tip.contains(state),
+                self._tip.contains(state) or state in self._branches,
                 "generation %s restores %s, which is not in the history that survives: %s",
                 generation,
                 state,
@@ -448,6 +460,9 @@ class Invariants:
         """A checkpoint has appeared."""
         self._may_be_used(saved.state)
         require(saved.cursor == saved.state.end, "%s saved another cursor than its state's", worker.name)
+        if self._is_of_a_branch_without_fence(saved):
+            self._branches.add(saved.state)
+            return
         require(
             self._tip.contains(saved.state) or self._forgotten,
             "%s saved %s, but committed is %s",
@@ -456,16 +471,39 @@ class Invariants:
             self._tip,
         )
 
+    def _is_of_a_branch_without_fence(self, saved: Saved) -> bool:
+        """Of a generation that was out of sight from its beginning, so that others went on from what they held before.
+
+        Who begins with somebody's state raises no fence before it saves (docs/assumptions.md): until then the older
+        one may save, too. Such a checkpoint is whole, and is loaded only where the newer one saves none.
+        """
+        newer = any(other.generation > saved.generation for other in self._world.storage.checkpoints)
+        return self._newest_restoring <= saved.generation < self._tip_generation and not newer
+
     def gives_up(self, worker: Worker) -> None:
         """The controller chose this worker to save its state, as the last of the job; or it did, long ago."""
         if not self._forgotten and worker.state.version.generation >= self._tip_generation:
             require(worker.holding.contains(self._tip), "%s gives up without the committed %s", worker.name, self._tip)
             self._tip = worker.holding
 
+    def _note_who_is_let_go(self, state: JobState, session_id: str) -> None:
+        """That others keep the state is judged when the controller decides on it: it cannot know who dies next."""
+        alive = self._world.live_workers()
+        for worker in alive:
+            if not session_id.startswith(f"{worker.name}#"):
+                continue
+            forgotten = not state.live.workers.of(worker.node_id)
+            kept = any(w.node_id != worker.node_id and w.holding.contains(self._tip) for w in alive)
+            if forgotten and kept:
+                self._let_go.add(worker.port)
+
     def goes(self, worker: Worker) -> None:
         """A worker that had SIGTERM ends, by the controller's word or because it lost it."""
         world = self._world
         if self._forgotten or self.job_has_ended or self._tip.step == 0 or not worker.holding.contains(self._tip):
+            return
+        if worker.state.version.generation < self._newest_restoring:
+            # What it holds counts no more: a generation has begun with a checkpoint since, where it was out of sight.
             return
         others = (w for w in world.live_workers() if w is not worker)
         kept = any(w.holding.contains(self._tip) for w in others)
@@ -474,6 +512,7 @@ class Invariants:
         undisturbed = undisturbed and world.controller.up and not world.network.cut_off
         # A node whose other worker died is ended as a whole.
         undisturbed = undisturbed and all(sibling.alive for sibling in worker.agent.workers)
+        undisturbed = undisturbed and worker.port not in self._let_go
         require(kept or saved or not undisturbed, "%s goes, and with it the committed %s", worker.name, self._tip)
 
     def finished(self, worker: Worker) -> None:

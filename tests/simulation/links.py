@@ -147,6 +147,8 @@ class Stream:
         self.speaker = speaker
         self.connection: Connection | None = None
         self.closed = False
+        # The controller has heard of this process.
+        self.was_answered = False
         # When one last broke by a fault.
         self.broken_s = 0.0
         self._max_backoff_s = max_backoff_s
@@ -184,7 +186,7 @@ class Stream:
     def receive(self, connection: Connection, message: Any) -> None:
         if connection is not self.connection or not self.speaker.alive:
             return
-        connection.welcomed = True
+        connection.welcomed = self.was_answered = True
         self.speaker.hear(message)
 
     def noticed(self, connection: Connection, refusal: str | None = None) -> None:

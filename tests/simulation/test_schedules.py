@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import time
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -18,13 +19,16 @@ _BLOCK = 250
 _PROCESSES = 2
 
 
-def _live_through(first: int) -> list[Failure]:
-    """A block of schedules. Each is small: collecting garbage once a block is faster, and enough."""
+def _live_through(first: int) -> tuple[list[Failure], float]:
+    """A block of schedules: those that failed, and the seconds of CPU it took. Each is small: collecting garbage once a
+    block is faster, and enough.
+    """
+    began_s = time.process_time()
     gc.disable()
     failures = [failure for seed in range(first, first + _BLOCK) if (failure := run(seed)) is not None]
     gc.enable()
     gc.collect()
-    return failures
+    return failures, time.process_time() - began_s
 
 
 @pytest.mark.timeout(1800)
@@ -37,7 +41,12 @@ def test_invariants_hold_in_every_schedule(pytestconfig: pytest.Config) -> None:
         return
     firsts = range(0, pytestconfig.getoption("--schedules", 10_000), _BLOCK)
     with ProcessPoolExecutor(_PROCESSES, multiprocessing.get_context("spawn")) as pool:
-        failures = [failure for block in pool.map(_live_through, firsts) for failure in block]
+        blocks = list(pool.map(_live_through, firsts))
+    failures = [failure for block, _ in blocks for failure in block]
+    cost_s = sum(block_s for _, block_s in blocks)
+    print(
+        f"{len(firsts) * _BLOCK} schedules, {cost_s:.0f} s of CPU: {1000 * cost_s / len(firsts) / _BLOCK:.1f} ms each"
+    )
     told = "\n".join(f"seed {failure.seed}: {failure.message}" for failure in failures[:20])
     assert not failures, f"{len(failures)} of {len(firsts) * _BLOCK} schedules broke an invariant:\n{told}"
 

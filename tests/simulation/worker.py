@@ -162,7 +162,8 @@ class Worker:
     def hang(self, duration_s: float) -> None:
         """Its training thread is held up where nothing can wake it."""
         self.world.say(self.name, "hangs for %.2f s", duration_s)
-        self.busy_until_s = self.world.scheduler.now_s + duration_s
+        # Who hangs already does not come back sooner for hanging twice.
+        self.busy_until_s = max(self.busy_until_s, self.world.scheduler.now_s + duration_s)
         self._froze_s = self.busy_until_s
 
     def sigterm(self) -> None:

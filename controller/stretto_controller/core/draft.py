@@ -7,7 +7,18 @@ from typing import Any
 
 from stretto_controller.core.actions import Action, Decision, Dismiss, LogEvent
 from stretto_controller.core.limits import Limits
-from stretto_controller.core.model import Farewell, JobState, Live, Node, NodeState, Phase, Ready, Record, Session
+from stretto_controller.core.model import (
+    Farewell,
+    JobState,
+    Live,
+    Node,
+    NodeState,
+    Phase,
+    Ready,
+    Record,
+    Session,
+    WorkerReady,
+)
 
 # Lost nodes stay visible until so many newer ones are lost.
 LOST_KEPT = 8
@@ -27,6 +38,8 @@ class Draft:
         self.reason = ""
         # A Ready that was answered already: answered again, unless this very event ends that generation.
         self.repeated: tuple[str, Ready] | None = None
+        # In-process mode: the same, by the session of the worker that asked.
+        self.repeated_by: tuple[str, WorkerReady] | None = None
 
     def update(self, **changes: Any) -> None:
         """Set durable fields."""

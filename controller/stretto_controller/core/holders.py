@@ -90,7 +90,10 @@ def _holding(draft: Draft, node: Node) -> list[WorkerSession]:
 
 
 def _keep_for_saving(draft: Draft, node: Node) -> bool:
-    """Whether the node is still needed: its workers write a checkpoint that nobody else can write."""
+    """Whether the node is still needed: nobody stays who has the newest state, and it is not saved.
+
+    Of all that drain, one saves; should one that says later what it holds have more, it saves after that.
+    """
     holding = _holding(draft, node)
     if (
         draft.record.phase is Phase.RUNNING
@@ -101,8 +104,10 @@ def _keep_for_saving(draft: Draft, node: Node) -> bool:
     if any(n.state is NodeState.ACTIVE and readiness.is_running(draft, n) for n in draft.members()):
         # They have not said yet what they hold.
         return True
-    if not any(worker.left for worker in holding):
-        _have_one_save(draft, holding, f"{node.node_id} drains, and nobody else holds the state")
+    going = [n for n in draft.present() if n.state is NodeState.DRAINING and readiness.speaks(draft, n)]
+    keeping = [worker for each in going for worker in _holding(draft, each)]
+    if keeping and not any(worker.left for worker in keeping):
+        _have_one_save(draft, keeping, f"{node.node_id} drains, and nobody else holds the state")
     return True
 
 

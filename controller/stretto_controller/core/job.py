@@ -33,6 +33,8 @@ def step(name: str, state: JobState | None, event: ev.Event, *, now_s: float, li
             reconsider(draft)
             if draft.repeated is not None and not membership.answer_again(draft):
                 reconsider(draft)
+            if draft.repeated_by is not None and not workers.answer_again(draft):
+                reconsider(draft)
     before, after = state.record.phase, draft.record.phase
     assert after is before or after in _reachable(before), f"{before} cannot lead to {after}"
     return draft.decision()

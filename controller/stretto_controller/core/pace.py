@@ -111,6 +111,9 @@ def _lag(worker: WorkerSession, witness: WorkerSession, step: int, limits: Limit
     late_after_s = _LATE_HEARTBEATS * limits.heartbeat_interval_s
     median_s = witness.pace.median_step_s
     since_s = witness.paced_s - witness.pace.waiting_s
+    if worker.pace.step == step and worker.pace.working_s > 0:
+        # The wait may have been for somebody else, and over: nobody holds a step up that has yet to begin.
+        since_s = max(since_s, worker.paced_s - worker.pace.working_s)
     # What it said before the wait was long says nothing: it may wait itself since.
     behind = worker.pace.generation == worker.generation and worker.paced_s >= since_s + median_s
     known_s = worker.paced_s if behind else worker.paced_s + late_after_s

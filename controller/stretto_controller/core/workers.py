@@ -48,6 +48,8 @@ def hello(draft: Draft, event: ev.WorkerHello) -> None:
     if generation is not None and current:
         _check_rank(generation, event)
     _take_spec(draft, event)
+    if draft.record.in_process:
+        _end_a_drain_that_is_over(draft, event)
     _replace_streams(draft, event)
     number, rank = (event.generation, event.rank) if current else (0, -1)
     worker = WorkerSession(
@@ -124,6 +126,18 @@ def _replace_streams(draft: Draft, event: ev.WorkerHello) -> None:
     draft.set_live(workers=draft.live.workers.without(older))
 
 
+def _end_a_drain_that_is_over(draft: Draft, event: ev.WorkerHello) -> None:
+    """A process that never trained calls from a node whose workers had SIGTERM and have been let go: its agent stays.
+
+    The word of one that has ended may come later than the agent's question that followed its end.
+    """
+    node, ready = draft.record.nodes[event.node_id], event.ready
+    anew = ready is not None and ready.generation == 0 and ready.version == Version()
+    others = draft.live.workers.of(event.node_id)
+    if anew and not others and node.state is NodeState.DRAINING and not node.drain_requested:
+        draft.change(node.node_id, state=NodeState.JOINING)
+
+
 def _fence(draft: Draft, session_id: str, number: int) -> None:
     generation = draft.record.generation
     current = generation.number if generation else "none"
@@ -154,24 +168,39 @@ def take_ready(draft: Draft, worker: WorkerSession, ready: WorkerReady) -> None:
     generation = draft.record.generation
     if worker.ready == ready:
         return
-    if draft.record.phase is Phase.RUNNING and generation is not None:
-        rank = _seat_of(draft, worker, generation, ready)
-        if rank is not None:
-            readiness.seat(draft, worker, ready.request_id, generation, rank)
-            _tell_of_the_change(draft, draft.live.workers[worker.session_id])
-            return
+    if _seat_of(draft, worker, ready) is not None:
+        draft.repeated_by = (worker.session_id, ready)
+        return
     if generation is not None and ready.generation == generation.number and ready.failed:
         _note_failure(draft, worker, generation, ready)
     _note_number(draft, ready.generation)
     readiness.change_worker(draft, worker.session_id, ready=ready, cut_s=None)
 
 
-def _seat_of(draft: Draft, worker: WorkerSession, generation: Generation, ready: WorkerReady) -> int | None:
+def answer_again(draft: Draft) -> bool:
+    """Send a repeated question its answer again. False if that generation is over by now: it is then a new one."""
+    assert draft.repeated_by is not None, "only a repeated question is answered again"
+    (session_id, ready), draft.repeated_by = draft.repeated_by, None
+    worker, generation = draft.live.workers.get(session_id), draft.record.generation
+    if worker is None:
+        return True
+    rank = _seat_of(draft, worker, ready)
+    if rank is None or generation is None:
+        readiness.change_worker(draft, session_id, ready=ready, cut_s=None)
+        return False
+    readiness.seat(draft, worker, ready.request_id, generation, rank)
+    _tell_of_the_change(draft, draft.live.workers[session_id])
+    return True
+
+
+def _seat_of(draft: Draft, worker: WorkerSession, ready: WorkerReady) -> int | None:
     """The rank that this very request was given already: the answer was lost on its way."""
-    node = draft.record.nodes[worker.node_id]
+    node, generation = draft.record.nodes[worker.node_id], draft.record.generation
+    if draft.record.phase is not Phase.RUNNING or generation is None or node.state is NodeState.JOINING:
+        return None
     asked = Seat(ready.request_id, ready.store_port, ready.preflight_port)
     for member in generation.members:
-        if member.node_id == worker.node_id and node.state is not NodeState.JOINING:
+        if member.node_id == worker.node_id:
             return member.first_rank + worker.local_rank if asked == member.seats[worker.local_rank] else None
     return None
 
@@ -287,6 +316,10 @@ def checkpointed(draft: Draft, event: ev.CheckpointCommitted) -> None:
     if draft.record.checkpoint != event.checkpoint:
         checkpoint = event.checkpoint
         draft.update(checkpoint=checkpoint)
+        if draft.record.in_process:
+            # Whoever has less goes on from there: it may be of a step that its writer alone had done.
+            saved = Version(checkpoint.generation, checkpoint.step)
+            draft.update(lineage=max(draft.record.lineage, saved))
         draft.log("checkpoint_committed", f"step {checkpoint.step} is saved: {checkpoint.path}", node_id=worker.node_id)
 
 
