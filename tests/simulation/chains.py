@@ -97,7 +97,8 @@ def _source_dies(faults: Faults, with_receiver: float, worker: Worker | None) ->
     delay_s = world.setup.transfer_s * rng.random() if worker is source else 0.0
     world.scheduler.after(delay_s, faults.kill_worker, source)
     if worker is not source and rng.random() < with_receiver:
-        faults.kill_worker(worker)
+        # Before it has taken the state, or as soon as it has, and has said so to nobody.
+        world.scheduler.after(rng.choice((0.0, 0.0002, 0.001)), faults.kill_worker, worker)
 
 
 def crash_in_decision(faults: Faults) -> None:
@@ -126,17 +127,20 @@ def answered_twice(faults: Faults) -> None:
 def _answers_are_lost(faults: Faults, worker: Worker | None) -> None:
     """The streams break before the answers come; the workers ask again on new ones."""
     faults.blip(1.0)
-    faults.lie_in_wait("assigned", 0, partial(_second_answer_is_late, faults))
+    faults.lie_in_wait(
+        "assigned", faults.world.rng.randint(0, 1), partial(_second_answer_is_late, faults), at_once=True
+    )
 
 
 def _second_answer_is_late(faults: Faults, worker: Worker | None) -> None:
-    if worker is None:
+    if worker is None or worker.state.assignment is None:
         return
-    rng = faults.world.rng
+    world, rng = faults.world, faults.world.rng
     faults.cut_off([worker.node_id], (1,), rng.uniform(0.2, 1.0))
-    others = [w for w in faults.world.live_workers() if w is not worker]
+    others = [world.by_port[place.preflight_port] for place in worker.state.assignment.places]
+    others = [other for other in others if other is not worker]
     if others:
-        faults.world.scheduler.after(rng.random() * 0.1, faults.kill_worker, rng.choice(others))
+        world.scheduler.after(rng.random() * 0.1, faults.kill_worker, rng.choice(others))
 
 
 def outage(faults: Faults) -> None:
@@ -146,7 +150,9 @@ def outage(faults: Faults) -> None:
 
 def _network_away(faults: Faults, worker: Worker | None) -> None:
     world, rng = faults.world, faults.world.rng
-    duration_s = rng.uniform(0.5, 0.8 * world.setup.limits.recovery_grace_s)
+    grace_s = world.setup.limits.recovery_grace_s
+    # Mostly longer than a closed stream is forgiven at other times.
+    duration_s = rng.uniform(0.5, 0.8 * grace_s) if rng.random() < 0.5 else rng.uniform(0.5, 0.8) * grace_s
     faults.outage(duration_s)
     if rng.random() < 0.4 and worker is not None:
         world.scheduler.after(rng.random() * duration_s, faults.kill_worker, worker)

@@ -233,9 +233,17 @@ class Stream:
             connection.to_controller(message)
         if world.faults.says_twice or world.rng.random() < _TWICE:
             # What is said while the opening is being made is said in it, and again.
-            for message in self.speaker.said_again():
-                connection.to_controller(message)
+            again = self.speaker.said_again()
+            if world.faults.says_twice:
+                # A little later, but before the answer can have come.
+                self._later(world.setup.delay_s * world.rng.random(), self._say, connection, again)
+            else:
+                self._say(connection, again)
         self._later(ANSWER_TIMEOUT_S, self._give_up_unanswered, connection)
+
+    def _say(self, connection: Connection, messages: Sequence[Any]) -> None:
+        for message in messages:
+            connection.to_controller(message)
 
     def _give_up_unanswered(self, connection: Connection) -> None:
         if connection is self.connection and not connection.welcomed and not connection.broken:
