@@ -269,5 +269,5 @@ def test_linear_warmup_rises_to_the_scale_over_five_and_a_half_percent() -> None
 
 
 def test_an_unknown_rule_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="adascale, identity, linear"):
+    with pytest.raises(ValueError, match="adamscale, adascale, adasum, adasum-delta, identity, linear"):
         rules.named("adagrad")
