@@ -82,8 +82,10 @@ def _check_outputs(agents: Agents, controller: ControllerProcess) -> None:
         output = path.read_text(errors="replace")
         assert "stuck in" not in output, f"a watchdog fired:\n{output}"
         assert "hold different states" not in output, output
-        # The last line of each traceback says what was raised.
-        ends = re.findall(r"^Traceback .*?^(\w[^\n]*)$", output, re.MULTILINE | re.DOTALL)
+        # The last line of each traceback says what was raised; one of a process that was killed meanwhile has none.
+        _, *tracebacks = output.split("Traceback (most recent call last):\n")
+        raised = [re.search(r"^[A-Za-z_][\w.]*(: .*)?$", text, re.MULTILINE) for text in tracebacks]
+        ends = [found[0] for found in raised if found]
         unknown = [end for end in ends if not ("injected at" in end or "SignalException" in end)]
         assert not unknown, f"{path.name}: {unknown}\n{output}"
     assert "Traceback" not in controller.log, controller.log
