@@ -62,6 +62,9 @@ class Job:
         self.news = asyncio.Event()
         self.logged_reason = ""
         self.ticked_s = 0.0
+        # When its next wake-up was planned last; and whether that is about to be done again.
+        self.planned_s = -math.inf
+        self.plans = False
         self._service = service
         self._shown: JobState | None = None
         self._shown_marks = Marks()

@@ -152,7 +152,7 @@ class Runner:
             self.sessions.bind(name, event.node_id, event.session_id)
         self._carry_out(job, decision, now_s)
         if not isinstance(event, _FREQUENT):
-            self._plan_wake_up(job, now_s)
+            self._plan(job, now_s)
 
     async def decide(self, name: str, event: Event) -> None:
         """As `submit`, but returns, or raises Rejected, only when all that it rests on is saved."""
@@ -290,10 +290,24 @@ class Runner:
             _log.critical("job %s: a decision was not saved and is not acted upon: %s", job.name, error)
             self.failed.set()
 
+    def _plan(self, job: Job, now_s: float) -> None:
+        """Plan the next wake-up, which is a look at every node: once for events that come together."""
+        if now_s - job.planned_s >= _SHORTEST_WAIT_S:
+            self._plan_wake_up(job, now_s)
+        elif not job.plans:
+            job.plans = True
+            asyncio.get_running_loop().call_later(_SHORTEST_WAIT_S, self._plan_late, job)
+
+    def _plan_late(self, job: Job) -> None:
+        job.plans = False
+        if self._running:
+            self._plan_wake_up(job, self._clocks.monotonic_s())
+
     def _plan_wake_up(self, job: Job, now_s: float) -> None:
         state = job.state
         if state is None:
             return
+        job.planned_s = now_s
         wake_s = core.next_wake_s(state, self._limits)
         if not state.record.phase.finished:
             latest_s = job.ticked_s + self._service.tick_interval_s

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from stretto_controller.core import events as ev
-from stretto_controller.core import liveness, membership, pace, workers
+from stretto_controller.core import liveness, membership, pace, quiet, workers
 from stretto_controller.core.actions import Decision, Dismiss, FenceWorker, Forget
 from stretto_controller.core.draft import Draft
 from stretto_controller.core.errors import Rejected
@@ -29,7 +29,7 @@ def step(name: str, state: JobState | None, event: ev.Event, *, now_s: float, li
     elif treatment is Treatment.TAKE:
         liveness.forgive_stall(draft)
         _FACTS[type(event)](draft, event)
-        if not draft.record.phase.finished and not isinstance(event, _WITHOUT_CONSEQUENCE):
+        if not draft.record.phase.finished and _has_consequences(draft, state, event):
             reconsider(draft)
             if draft.repeated is not None and not membership.answer_again(draft):
                 reconsider(draft)
@@ -38,6 +38,10 @@ def step(name: str, state: JobState | None, event: ev.Event, *, now_s: float, li
     before, after = state.record.phase, draft.record.phase
     assert after is before or after in _reachable(before), f"{before} cannot lead to {after}"
     return draft.decision()
+
+
+def _has_consequences(draft: Draft, before: JobState, event: ev.Event) -> bool:
+    return not isinstance(event, _WITHOUT_CONSEQUENCE) and not quiet.changes_nothing_yet(draft, before, event)
 
 
 # Signs of life are frequent, and by themselves change nothing; what they prevent, `next_wake_s` knows.

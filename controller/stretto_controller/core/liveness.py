@@ -61,10 +61,10 @@ def idle_lost_at_s(record: Record, live: Live, node: Node, limits: Limits) -> fl
     """
     waits = node.state in (NodeState.JOINING, NodeState.SPARE) and not node.ending
     agent = live.sessions.get(node.node_id)
-    own = live.workers.of(node.node_id)
-    if not record.in_process or not waits or not own or agent is None or agent.closed_s is not None:
+    crew = live.workers.crew(node.node_id)
+    if not record.in_process or not waits or not crew.workers or agent is None or agent.closed_s is not None:
         return math.inf
-    return min(w.heard_s for w in own) + limits.hang_limit_s
+    return crew.silent_since_s + limits.hang_limit_s
 
 
 def _silent_s(record: Record, live: Live, node: Node, signs: _Signs, limits: Limits) -> float:
@@ -110,11 +110,10 @@ def _agent_signs(live: Live, node: Node) -> _Signs:
 
 def _worker_signs(live: Live, node: Node) -> _Signs:
     """Of the live worker that has been silent, or away, the longest."""
-    own = {w.local_rank: w for w in live.workers.of(node.node_id)}
-    if len(own) < node.slots:
+    crew = live.workers.crew(node.node_id)
+    if crew.seats < node.slots:
         return _Signs(live.watched_s, live.watched_s)
-    closed = [w.closed_s for w in own.values() if w.closed_s is not None]
-    return _Signs(min(w.heard_s for w in own.values()), min(closed, default=None))
+    return _Signs(crew.silent_since_s, crew.closed_s)
 
 
 def _is_member(record: Record, node: Node) -> bool:
