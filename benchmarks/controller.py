@@ -17,12 +17,13 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import rendezvous_scaling
-from load.fleet import Fleet
+from load.fleet import Counts, Fleet
 from load.server import Server
 
 SLOTS = 4
@@ -65,12 +66,12 @@ class Load:
 GOALS = {"answer_p99_s": 0.1, "resident_most_mb": 600.0, "told_s": 0.3, "storm_s": 10.0, "growth_mb": 20.0}
 
 
-async def until(check: Any, limit_s: float, what: str) -> float:
+async def until(check: Callable[[], bool], counts: Counts, limit_s: float, what: str) -> float:
     """Wait until it is true; the seconds that it took. Raises TimeoutError, saying what did not come true."""
     started_s = time.monotonic()
     while not check():
         if time.monotonic() - started_s > limit_s:
-            raise TimeoutError(f"{what}: not within {limit_s:g} s")
+            raise TimeoutError(f"{what}: not within {limit_s:g} s; {counts}")
         await asyncio.sleep(0.01)
     return time.monotonic() - started_s
 
@@ -85,7 +86,7 @@ async def load(nodes: int, jobs: int, seconds: float, deaths: int, seed: int) ->
             for agent in fleet.agents:
                 agent.start()
             figures.start_s = await until(
-                lambda: fleet.counts.seated == fleet.workers, START_LIMIT_S, "all workers in a generation"
+                lambda: fleet.counts.seated == fleet.workers, fleet.counts, START_LIMIT_S, "all workers in a generation"
             )
             await _steady(fleet, server, seconds, figures)
             await _deaths(fleet, server, deaths, figures)
@@ -135,14 +136,18 @@ async def _deaths(fleet: Fleet, server: Server, count: int, figures: Load) -> No
         await asyncio.sleep(FAILURE_S)
         peers[0].ask(failed=True, unreachable=ranks)
         told = peers[1:]
-        await until(lambda told=told: all(p.cut_at_s for p in told), DEATH_LIMIT_S, f"{job}: all peers are told")
+        await until(
+            lambda told=told: all(p.cut_at_s for p in told), fleet.counts, DEATH_LIMIT_S, f"{job}: all peers are told"
+        )
         judged_s = await asyncio.to_thread(server.judged_s, job, victim.name)
         last_s = max(peer.cut_at_s for peer in told)
         figures.told_s = max(figures.told_s, last_s - judged_s)
         figures.death_s = max(figures.death_s, last_s - died_s)
         figures.deaths += 1
         everyone = tuple(peers)
-        await until(lambda w=everyone: all(p.generation for p in w), DEATH_LIMIT_S, f"{job}: a new generation")
+        await until(
+            lambda w=everyone: all(p.generation for p in w), fleet.counts, DEATH_LIMIT_S, f"{job}: a new generation"
+        )
 
 
 async def _storm(fleet: Fleet, server: Server, figures: Load) -> None:
@@ -156,7 +161,7 @@ async def _storm(fleet: Fleet, server: Server, figures: Load) -> None:
     await asyncio.to_thread(server.start)
     served_s = time.monotonic()
     figures.storm_start_s = served_s - killed_s
-    await until(lambda: counts.open == streams, STORM_LIMIT_S, "all streams are back")
+    await until(lambda: counts.open == streams, counts, STORM_LIMIT_S, "all streams are back")
     figures.storm_s = time.monotonic() - served_s
     figures.storm_retries = dict(counts.retried)
 

@@ -45,6 +45,10 @@ class Counts:
     evicted: list[str] = field(default_factory=list)
     retried: dict[str, int] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        what = f"{self.open} streams are open, {self.seated} workers in a generation; retried: {self.retried}"
+        return "; ".join([what, *self.fatal[:2], *self.evicted[:2]])
+
 
 class Stream:
     """One stream that comes back by itself, with the library's pauses."""

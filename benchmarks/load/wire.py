@@ -15,6 +15,8 @@ from typing import cast
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
 _END_STREAM, _END_HEADERS, _ACK = 1, 4, 1
+# Of a frame, until the server says otherwise.
+_LONGEST = 1 << 14
 _HEAD = struct.Struct(">HBBBL")
 _PREFIX = struct.Struct(">BL")
 # HEADER_TABLE_SIZE 0: nothing is remembered, so trailers can be read as they stand. INITIAL_WINDOW_SIZE: the largest.
@@ -34,11 +36,13 @@ def _literal(text: str) -> bytes:
     return bytes([len(data)]) + data
 
 
-def opening(method: str, authority: str) -> bytes:
+def opening(method: str, authority: str, authorization: str = "") -> bytes:
     """All that comes before the first message."""
     # :method POST, :scheme http, :path, :authority, content-type, te; the numbers are HPACK's static table.
     request = b"\x83\x86\x04" + _literal(method) + b"\x01" + _literal(authority)
     request += b"\x0f\x10" + _literal("application/grpc") + b"\x00" + _literal("te") + _literal("trailers")
+    if authorization:
+        request += b"\x0f\x08" + _literal(authorization)
     return (
         _PREFACE
         + _frame(_SETTINGS, 0, 0, _OUR_SETTINGS)
@@ -49,7 +53,13 @@ def opening(method: str, authority: str) -> bytes:
 
 def framed(message: bytes) -> bytes:
     """One message of the stream, ready to be written."""
-    return _frame(_DATA, 0, 1, _PREFIX.pack(0, len(message)) + message)
+    data = _PREFIX.pack(0, len(message)) + message
+    return b"".join(_frame(_DATA, 0, 1, data[at : at + _LONGEST]) for at in range(0, len(data), _LONGEST))
+
+
+def closing() -> bytes:
+    """No more messages follow."""
+    return _frame(_DATA, _END_STREAM, 1, b"")
 
 
 class Connection(asyncio.Protocol):

@@ -38,6 +38,8 @@ class ServiceLimits:
     body_size_bytes: int = 64 << 10
     # Actions that wait for a stream whose peer does not read; more ends it.
     outbox_length: int = 256
+    # At the end of a stream, a message under way has this long to be taken.
+    last_write_s: float = 1.0
     # Every job that is not finished has a tick at least this often.
     tick_interval_s: float = 0.5
     # The progress rate is measured over this long: longer is smoother and later.
