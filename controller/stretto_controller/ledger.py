@@ -41,6 +41,7 @@ class Release:
     marks: Marks
     actions: tuple[Action, ...]
     reason: str
+    wall_s: float
     events: tuple[StoredEvent, ...] = ()
     generations: tuple[GenerationSummary, ...] = ()
     points: tuple[Point, ...] = ()
@@ -117,6 +118,7 @@ class Job:
             self._marks,
             decision.actions,
             decision.reason,
+            at.wall_s,
             events,
             tuple(self._history(decision, at.wall_s)),
             points,

@@ -34,6 +34,7 @@ from stretto_controller.sessions import Sessions
 from stretto_controller.settings import ServiceLimits
 from stretto_controller.snapshot import JobView
 from stretto_controller.store.contents import Leader, Save, Store, Stored, StoreError
+from stretto_controller.tracing import Tracing
 
 _log = logging.getLogger("stretto.controller")
 
@@ -66,6 +67,8 @@ class Runner:
         self.sessions = Sessions()
         self.decision_seconds = Observations(DECISION_BOUNDS)
         self.store_errors = 0
+        # Told of each decision that is saved; None: nobody asked for traces.
+        self.tracing: Tracing | None = None
         # Set once a save has failed: what was decided since cannot be kept, so the process must end.
         self.failed = asyncio.Event()
         self.failure: StoreError | None = None
@@ -279,6 +282,8 @@ class Runner:
                 return
             job.releases.popleft()
             job.show(release)
+            if self.tracing is not None:
+                self.tracing.note(job.name, release.state, release.actions, release.wall_s)
             self._log_reason(job, release)
             for action in release.actions:
                 self.sessions.send(job.name, action)

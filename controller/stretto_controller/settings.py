@@ -143,6 +143,8 @@ class Settings:
     insecure: bool = False
     # console, or json: one object a line.
     log_format: str = logs.CONSOLE
+    # http://HOST:PORT or https://HOST:PORT of an OpenTelemetry collector (OTLP over gRPC): traces of generation changes.
+    trace_endpoint: str = ""
     # Written, whole, once both ports serve.
     ready_file: Path | None = None
     # HOST[:PORT] at which others reach this controller's gRPC port, told to those who ask a follower.
@@ -164,6 +166,8 @@ class Settings:
             raise ValueError(f"store is {self.store!r}; it must be one of {', '.join(_STORES)}")
         if self.log_format not in logs.FORMATS:
             raise ValueError(f"log_format is {self.log_format!r}; it must be one of {', '.join(logs.FORMATS)}")
+        if self.trace_endpoint and not self.trace_endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"trace_endpoint is {self.trace_endpoint!r}; give http://HOST:PORT or https://HOST:PORT")
         self.security.validate()
         safe = self.security.tls_cert is not None and self.security.tokens is not None
         if not self.insecure and not safe and not is_loopback(self.host):

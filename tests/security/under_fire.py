@@ -139,6 +139,9 @@ class UnderFire:
         for word in ("Traceback", '"level": "error"', '"level": "critical"', "never retrieved"):
             assert word not in log, log[log.index(word) - 500 :][:3000]
 
+    def header(self, who: str) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.tokens[who]}"}
+
     def shown(self, job: str) -> Any:
         return self.controller.get(f"/api/v1/jobs/{job}", token=self.tokens["admin"])
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from stretto_controller.core.actions import Action, Decision, Dismiss, LogEvent
+from stretto_controller.core.changed import changed
 from stretto_controller.core.limits import Limits
 from stretto_controller.core.model import (
     Farewell,
@@ -47,7 +48,7 @@ class Draft:
             self.record = replace(self.record, **changes)
 
     def set_live(self, **changes: Any) -> None:
-        self.live = replace(self.live, **changes)
+        self.live = changed(self.live, **changes)
 
     def act(self, action: Action) -> None:
         self.actions.append(action)

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from stretto_controller.core import partition
 from stretto_controller.core.actions import AskToLeave, AskToSave, AssignWorker, CutGeneration, StopWorkers
+from stretto_controller.core.changed import changed
 from stretto_controller.core.draft import Draft
 from stretto_controller.core.model import Generation, Node, NodeState, Phase, Version, WorkerSession
 from stretto_controller.core.report import NO_PACE
@@ -141,4 +142,4 @@ def put_worker(draft: Draft, worker: WorkerSession) -> None:
 
 def change_worker(draft: Draft, session_id: str, **changes: object) -> None:
     """Set fields of a known worker session."""
-    put_worker(draft, replace(draft.live.workers[session_id], **changes))  # type: ignore[arg-type]  # by the dataclass
+    put_worker(draft, changed(draft.live.workers[session_id], **changes))

@@ -1,7 +1,7 @@
 """The worker streams of one job, by session and by node: an immutable mapping.
 
-Each decision asks every node for its own workers, and for a few sums over them: those are kept with the node's crew until
-one of its workers changes. Looking through all workers for each node would be quadratic.
+Each decision asks every node for its own workers, and for a few sums over them: those are kept with the node's crew
+until one of its workers changes. Looking through all workers for each node would be quadratic.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Crew:
 
     @cached_property
     def heard_s(self) -> float:
-        """Of those with an open stream, when the one that has been silent the longest was heard; inf if there is none."""
+        """When the one with an open stream that has been silent the longest was heard; inf if there is none."""
         return min((w.heard_s for w in self.open), default=math.inf)
 
     @cached_property

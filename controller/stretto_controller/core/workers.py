@@ -14,6 +14,7 @@ from stretto_controller.core.actions import (
     SaveAndExit,
     WelcomeWorker,
 )
+from stretto_controller.core.changed import changed
 from stretto_controller.core.draft import Draft
 from stretto_controller.core.errors import Rejected
 from stretto_controller.core.model import (
@@ -231,9 +232,9 @@ def alive(draft: Draft, event: ev.WorkerAlive) -> None:
         return
     now_s = draft.now_s
     if event.pace.generation and event.pace.generation == worker.generation:
-        readiness.put_worker(draft, replace(worker, heard_s=now_s, pace=event.pace, paced_s=now_s))
+        readiness.put_worker(draft, changed(worker, heard_s=now_s, pace=event.pace, paced_s=now_s))
     else:
-        readiness.put_worker(draft, replace(worker, heard_s=now_s))
+        readiness.put_worker(draft, changed(worker, heard_s=now_s))
 
 
 def _heard(draft: Draft, session_id: str) -> WorkerSession | None:
