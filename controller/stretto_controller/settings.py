@@ -143,7 +143,7 @@ class Settings:
     insecure: bool = False
     # console, or json: one object a line.
     log_format: str = logs.CONSOLE
-    # http://HOST:PORT or https://HOST:PORT of an OpenTelemetry collector (OTLP over gRPC): traces of generation changes.
+    # http(s)://HOST:PORT of an OpenTelemetry collector (OTLP over gRPC): traces of generation changes go there.
     trace_endpoint: str = ""
     # Written, whole, once both ports serve.
     ready_file: Path | None = None

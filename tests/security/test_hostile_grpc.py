@@ -19,6 +19,7 @@ async def _attacked(under_fire: UnderFire, inputs: int) -> None:
     resident_mb = under_fire.resident_mb
     await under_fire.attack(seed=2, inputs=inputs // 2)
     under_fire.assert_well()
+    under_fire.assert_no_secret_is_told()
     assert under_fire.resident_mb - resident_mb < GROWTH_MB
     limit_s = time.monotonic() + 60
     while (sessions := under_fire.series("stretto_controller_sessions")) != 2:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,6 +140,22 @@ class UnderFire:
         log = self.controller.log
         for word in ("Traceback", '"level": "error"', '"level": "critical"', "never retrieved"):
             assert word not in log, log[log.index(word) - 500 :][:3000]
+
+    def assert_no_secret_is_told(self) -> None:
+        """No token and no agent's key is in the log, the metrics, the events, the jobs, or anywhere on disk."""
+        keys = [self._node.key, *(f"the secret key of n{number}" for number in range(4))]
+        admin = self.tokens["admin"]
+        told = {"log": self.controller.log}
+        for path in ("/metrics", "/api/v1/jobs", "/openapi.json"):
+            told[path] = self.controller.text(path, admin, accept="application/json")
+        jobs = [job["name"] for job in json.loads(told["/api/v1/jobs"])["jobs"]]
+        for job, part in itertools.product(jobs, ("", "/events", "/history")):
+            told[f"{job}{part}"] = self.controller.text(f"/api/v1/jobs/{job}{part}", admin, accept="application/json")
+        for file in self.controller.directory.rglob("*"):
+            if file.is_file():
+                told[str(file)] = file.read_bytes().decode("latin-1")
+        for secret in (*self.tokens.values(), *keys):
+            assert not [where for where, text in told.items() if secret in text]
 
     def header(self, who: str) -> dict[str, str]:
         return {"authorization": f"Bearer {self.tokens[who]}"}
