@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from harness.agents import Agents
 from harness.controller import ControllerProcess
+from harness.installed import installed
 from harness.live_job import LiveJob
-from harness.prometheus import DEPLOY, Prometheus, installed
+from harness.prometheus import DEPLOY, Prometheus
 from stretto_controller.metrics import COUNTER, FAMILIES, HISTOGRAM
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
