@@ -76,6 +76,7 @@ def ask_to_leave(draft: Draft, reason: str, *, save: bool) -> bool:
     workers = [w for w in draft.live.workers.values() if w.generation == generation.number and not w.closed]
     for worker in workers:
         draft.act(AskToLeave(worker.session_id, generation.number, reason, save))
+    draft.set_live(save_asked=draft.live.save_asked or (save and bool(workers)))
     return bool(workers)
 
 
@@ -85,6 +86,7 @@ def ask_to_save(draft: Draft, reason: str) -> bool:
     for worker in draft.live.workers.values():
         if generation and worker.generation == generation.number and worker.rank == 0 and not worker.closed:
             draft.act(AskToSave(worker.session_id, generation.number, reason))
+            draft.set_live(save_asked=True)
             return True
     return False
 

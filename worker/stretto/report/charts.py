@@ -59,7 +59,7 @@ def chart(title: str, times_s: Sequence[float], lines: Sequence[Line], marks_s: 
 def number(value: float) -> str:
     """Short, for people."""
     if not math.isfinite(value):
-        return str(value)
+        return "-" if math.isnan(value) else str(value)
     if value and (abs(value) < 1e-3 or abs(value) >= 1e7):
         return f"{value:.2e}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
