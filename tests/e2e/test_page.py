@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections.abc import Iterator
 from importlib.resources import files
@@ -12,10 +13,14 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from harness.agents import Agents
 from harness.browser import Window, chromium
+from harness.certificates import Authority
 from harness.controller import ControllerProcess
 from harness.live_job import LiveJob
 from harness.raw_job import PATIENT_LIMITS, RawJob
 from playwright.sync_api import Browser, Page, expect
+from stretto.client import JobsClient
+from stretto_controller.auth.access import Principal, Role
+from stretto_controller.auth.tokens import line_of, new_token
 from stretto_proto.v1 import jobs_pb2 as jobs
 from stretto_proto.v1 import types_pb2 as types
 
@@ -167,8 +172,10 @@ def test_a_story_is_watched_and_steered(browser: Browser, tmp_path: Path) -> Non
         before = page.locator("figure[data-chart=tau] .values").inner_text()
         expect(page.locator("figure[data-chart=tau] .values")).not_to_have_text(before, timeout=PATIENCE_MS)
         shown = page.locator(".timeline li").evaluate_all("lines => lines.map((line) => Number(line.dataset.sequence))")
-        kept = [event["sequence"] for event in controller.get("/api/v1/jobs/job/events")["events"]]
-        assert shown[::-1] == [sequence for sequence in kept if sequence <= shown[0]][-200:], "each event once"
+        kept = [event for event in controller.get("/api/v1/jobs/job/events")["events"] if event["sequence"] <= shown[0]]
+        # The steps of one change, which have one reason, are one entry.
+        ends = [one["sequence"] for one, after in itertools.pairwise(kept) if one["reason"] != after["reason"]]
+        assert shown[::-1] == [*ends, kept[-1]["sequence"]], "each event once"
         window.close()
 
         # Who opens the page only now sees the whole run, as far as it was saved.
@@ -270,23 +277,58 @@ def test_a_script_in_the_page_would_not_run(controller: ControllerProcess, brows
     page.close()
 
 
-def test_a_controller_that_wants_a_token_is_given_one(controller: ControllerProcess, window: Window) -> None:
-    page = window.page
+def give(page: Page, token: str) -> None:
+    page.locator("#token").fill(token)
+    page.get_by_role("button", name="Go on").click()
 
-    def guard(route: object) -> None:
-        request = route.request  # type: ignore[attr-defined]  # playwright's Route
-        if request.headers.get("authorization") == "Bearer right":
-            route.continue_()  # type: ignore[attr-defined]
-        else:
-            route.fulfill(status=401, body="{}")  # type: ignore[attr-defined]
 
-    page.route("**/api/**", guard)
-    page.goto(controller.http)
-    for given in ("wrong", "right"):
-        page.locator("#token").fill(given)
-        page.get_by_role("button", name="Go on").click()
-    expect(page.get_by_text("No jobs yet.")).to_be_visible(timeout=PATIENCE_MS)
-    assert page.evaluate("localStorage.length") == 0, "a token is not kept beyond its tab"
+def test_a_secured_controller_lets_a_viewer_look_and_an_admin_act(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real certificates, real tokens."""
+    authority = Authority(tmp_path / "tls")
+    issued = authority.issue("IP:127.0.0.1")
+    admin, viewer = new_token(), new_token()
+    tokens = tmp_path / "tokens"
+    tokens.write_text(f"{line_of(Principal(Role.ADMIN), admin)}\n{line_of(Principal(Role.VIEWER), viewer)}\n")
+    security = {"TLS_CERT": str(issued.cert), "TLS_KEY": str(issued.key), "TOKENS": str(tokens)}
+    settings = {f"STRETTO_SECURITY_{name}": value for name, value in security.items()}
+    with ControllerProcess(tmp_path, **settings) as controller:
+        monkeypatch.setenv("STRETTO_TLS_CA", str(authority.ca))
+        monkeypatch.setenv("STRETTO_TOKEN", admin)
+        page = browser.new_page(ignore_https_errors=True)
+        assert controller.http.startswith("https://")
+        page.goto(controller.http)
+
+        # Who gives none is asked again only when asked to be.
+        page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
+        expect(page.locator("#connection")).to_contain_text("no token", timeout=PATIENCE_MS)
+        page.get_by_role("button", name="Give a token").click()
+        give(page, "wrong")
+        expect(page.get_by_role("dialog")).to_contain_text("not known here", timeout=PATIENCE_MS)
+        give(page, viewer)
+        expect(page.get_by_text("No jobs yet.")).to_be_visible(timeout=PATIENCE_MS)
+        assert page.evaluate("localStorage.length") == 0, "a token is not kept beyond its tab"
+
+        with JobsClient(controller.grpc) as client:
+            client.create("a", types.JobSpec(min_nodes=1, max_nodes=4, mode=types.RECONFIGURE_MODE_IN_PROCESS))
+            page.get_by_role("link", name="a", exact=True).click(timeout=PATIENCE_MS)
+            scale(page, 3)
+            expect(page.get_by_role("dialog")).to_contain_text("a token of viewer may not do this", timeout=PATIENCE_MS)
+            page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
+            expect(page.locator(".answer")).to_contain_text("Not done: a token of viewer", timeout=PATIENCE_MS)
+            assert client.get("a").desired_nodes == 4
+            scale(page, 3)
+            give(page, admin)
+            expect(page.locator(".answer")).to_contain_text("3 nodes are wanted now", timeout=PATIENCE_MS)
+            assert client.get("a").desired_nodes == 3
+        page.close()
+
+
+def scale(page: Page, nodes: int) -> None:
+    page.get_by_role("button", name="Scale").click()
+    page.get_by_label("Nodes that the job should have").fill(str(nodes))
+    page.get_by_role("dialog").get_by_role("button", name="Scale").click()
 
 
 def test_everything_can_be_done_from_the_keyboard(controller: ControllerProcess, window: Window) -> None:

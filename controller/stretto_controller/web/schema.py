@@ -71,7 +71,15 @@ class CheckpointOut(BaseModel):
     tau: float
     path: str
     size_bytes: int
-    time_s: float
+    duration_s: float
+    time_s: float = Field(description="seconds since the Unix epoch")
+
+
+class SavesOut(BaseModel):
+    """Of the checkpoints that were committed since this controller started."""
+
+    count: int
+    mean_s: float | None = Field(description="how long one took to write")
 
 
 class JobOut(BaseModel):
@@ -88,6 +96,7 @@ class JobOut(BaseModel):
     progress_rate: float = Field(description="d(tau)/dt in iterations per second; 0 until known")
     remaining_s: float | None
     checkpoint: CheckpointOut | None
+    saves: SavesOut
 
 
 class JobsOut(BaseModel):
@@ -175,7 +184,7 @@ def known(value: float) -> float | None:
 
 def job_out(view: JobView) -> JobOut:
     record, progress, checkpoint = view.record, view.progress, view.record.checkpoint
-    spec = record.spec
+    spec, saves = record.spec, view.figures.checkpoint_seconds.histogram
     return JobOut(
         name=record.name,
         incarnation=record.incarnation,
@@ -230,10 +239,12 @@ def job_out(view: JobView) -> JobOut:
             tau=checkpoint.tau,
             path=checkpoint.path,
             size_bytes=checkpoint.size_bytes,
+            duration_s=checkpoint.duration_s,
             time_s=view.marks.checkpoint_s,
         )
         if checkpoint
         else None,
+        saves=SavesOut(count=saves.count, mean_s=saves.sum / saves.count if saves.count else None),
     )
 
 

@@ -72,6 +72,14 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.0f} h" if seconds < 360_000 else f"{seconds / 86400:.0f} d"
 
 
+def _size(size_bytes: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.3g} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.3g} GB"
+
+
 def draw(picture: Picture, width: int) -> RenderableType:
     """The whole screen, for a terminal of that width; 80 columns hold everything."""
     parts: list[RenderableType] = [_table(picture, width)]
@@ -131,6 +139,15 @@ def _details(job: jobs_pb2.Job, picture: Picture, width: int) -> list[Renderable
             Text(
                 f"step {job.progress.step}   loss {job.progress.loss:.4g}   lr {rates} (base {bases})   "
                 f"generation {job.generation.number}",
+                no_wrap=True,
+                overflow="ellipsis",
+            )
+        )
+    saved = job.checkpoint
+    if saved.step:
+        lines.append(
+            Text(
+                f"saved step {saved.step}, {_size(saved.size_bytes)} in {saved.duration_s:.2g} s: {saved.path}",
                 no_wrap=True,
                 overflow="ellipsis",
             )
