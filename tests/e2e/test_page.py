@@ -251,6 +251,7 @@ def test_hostile_names_and_reasons_stay_text(controller: ControllerProcess, wind
               const shown = new JobPage(hostile, () => {});
               document.body.append(shown.root);
               evil.checkpoint = { path: hostile, step: 1, tau: 1, generation: 1, size_bytes: 1, time_s: 1 };
+              evil.recommendation = { nodes: 1, reason: hostile, sizes: [], remaining_s: 1 };
               const points = { time_s: [] };
               shown.take({ anew: false, job: evil, events: [event], generations: [generation], points });
               const fleet = new Fleet();

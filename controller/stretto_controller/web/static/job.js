@@ -3,6 +3,7 @@
 import { Charts } from "./charts.js";
 import { askNodes, confirmed } from "./dialogs.js";
 import { bytes, clock, duration, element, number, phaseTag, say, table, tauBar, words } from "./elements.js";
+import { sizePart } from "./size.js";
 import { ask } from "./stream.js";
 
 const KEPT_EVENTS = 1000, SHOWN_EVENTS = 200, SHOWN_FAILURES = 3;
@@ -40,6 +41,7 @@ export class JobPage {
     };
     this.nodes = element("div", {});
     this.checkpoints = element("div", {});
+    this.size = element("div", {});
     this.history = element("div", {});
     this.story = element("div", {});
     const spans = SPANS.map(([label, span_s], place) => element("label", {},
@@ -53,7 +55,7 @@ export class JobPage {
       element("fieldset", { class: "spans" }, element("legend", {}, "Charts show"), spans),
       this.charts.box,
       element("div", { class: "columns" },
-        element("div", {}, part("Nodes", this.nodes), part("Checkpoints", this.checkpoints)),
+        element("div", {}, part("Nodes", this.nodes), part("Size", this.size), part("Checkpoints", this.checkpoints)),
         part("Events", this.story)),
       part("Generations", this.history));
   }
@@ -76,6 +78,7 @@ export class JobPage {
       : element("p", { class: "dim" }, "None are there."));
     this.replace("checkpoints", [this.checkpointRows(), this.job.saves.count, this.events.findLast((event) => event.kind === "checkpoint_failed")?.sequence],
       ([rows]) => this.checkpointPart(rows));
+    this.replace("size", [this.job.recommendation, this.job.autoscale, this.job.desired_nodes], () => sizePart(this.job));
     this.replace("history", this.generationRows(), (rows) =>
       table("Generations", ["number", "began", "nodes", "S", "mean gain", "effective lr", "steps", "tau", "pause", "cause", "ended by"], rows));
     this.replace("story", this.events.slice(-SHOWN_EVENTS).map((event) => event.sequence), () => this.timeline());
