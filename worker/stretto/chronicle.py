@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from stretto.progress_report import StepFigures
@@ -36,6 +36,8 @@ class Chronicle:
         self.target_tau = target_tau
         self._limit = limit
         self._stride = 1
+        # The latest point is there until the next one comes.
+        self._passing = False
         self._columns = {name: array("d") for name in Point._fields}
 
     def __len__(self) -> int:
@@ -45,12 +47,14 @@ class Chronicle:
         return map(Point._make, zip(*self._columns.values(), strict=True))
 
     def note(self, figures: StepFigures, *, generation: int, workers: int, time_s: float) -> None:
-        """Keep a step, if enough have passed since the latest that is kept, or if it begins a generation."""
-        while len(self) and self._columns["step"][-1] >= figures.step:
-            self._keep(range(len(self) - 1))  # the step is done again
-        same = len(self) and self._columns["generation"][-1] == generation
-        if same and figures.step - self._columns["step"][-1] < self._stride:
-            return
+        """Keep the latest step, and for good if it begins a generation or enough have passed since the one before."""
+        # A step that is done again takes the place of its first try.
+        while len(self) and (self._passing or self._columns["step"][-1] >= figures.step):
+            self._passing = False
+            for column in self._columns.values():
+                column.pop()
+        same = len(self) > 0 and self._columns["generation"][-1] == generation
+        self._passing = same and figures.step - self._columns["step"][-1] < self._stride
         point = Point(
             time_s,
             generation,
@@ -70,14 +74,14 @@ class Chronicle:
 
     def state_dict(self) -> dict[str, Any]:
         columns = {name: column.tobytes() for name, column in self._columns.items()}
-        return {"target_tau": self.target_tau, "stride": self._stride, "columns": columns}
+        return {"target_tau": self.target_tau, "stride": self._stride, "passing": self._passing, "columns": columns}
 
     def load_state_dict(self, d: Mapping[str, Any]) -> None:
         """Go on from there; the target stays this script's own."""
         columns = {name: array("d", d["columns"][name]) for name in Point._fields}
         if len({len(column) for column in columns.values()}) != 1:
             raise ValueError("the chronicle's columns differ in length: something else wrote them")
-        self._columns, self._stride = columns, int(d["stride"])
+        self._columns, self._stride, self._passing = columns, int(d["stride"]), bool(d["passing"])
 
     @classmethod
     def saved(cls, d: Mapping[str, Any]) -> Chronicle:
@@ -90,10 +94,7 @@ class Chronicle:
         """Every second one goes; generations keep their first as long as they are not too many for that."""
         generations = self._columns["generation"]
         firsts = [here for here in range(1, len(self), 2) if generations[here] != generations[here - 1]]
-        kept = sorted([*range(0, len(self), 2), *(firsts if len(firsts) < self._limit // 4 else ())])
-        self._keep(kept)
-        self._stride *= 2
-
-    def _keep(self, which: Sequence[int]) -> None:
+        kept = sorted({*range(0, len(self), 2), len(self) - 1, *(firsts if len(firsts) < self._limit // 4 else ())})
         for name, column in self._columns.items():
-            self._columns[name] = array("d", [column[index] for index in which])
+            self._columns[name] = array("d", [column[index] for index in kept])
+        self._stride *= 2

@@ -25,7 +25,8 @@ h1 { font-size: 1.4rem; margin-bottom: 0; } h2 { font-size: 1rem; margin: 1.6rem
 figure { margin: 0; border: 1px solid var(--line); border-radius: 10px; padding: .7rem .9rem; min-width: 0; }
 figcaption b { color: var(--ink); margin-right: .6rem; } svg { width: 100%; height: auto; display: block; }
 text { fill: var(--dim); font-size: 11px; } .grid { stroke: var(--line); }
-.line { fill: none; stroke-width: 1.8; } path.c0 { stroke: var(--c0); } path.c1 { stroke: var(--c1); }
+.line { fill: none; } .line:not([stroke-width]) { stroke-width: 1.8; }
+path.c0 { stroke: var(--c0); } path.c1 { stroke: var(--c1); }
 span.c0 { color: var(--c0); } span.c1 { color: var(--c1); }
 .mark { stroke: var(--mark); stroke-dasharray: 3 4; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; } .scroll { overflow: auto; }

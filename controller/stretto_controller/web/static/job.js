@@ -103,8 +103,9 @@ export class JobPage {
     say(this.reason, job.reason);
     this.bar.update(progress?.tau, target);
     say(this.under[0], `tau ${number(progress?.tau ?? 0, 5)}${target > 0 ? ` of ${number(target, 6)}` : ""}`);
-    say(this.under[1], `${number(job.progress_rate)} iterations/s${job.remaining_s === null ? "" : `, ${duration(job.remaining_s)} left`}`);
     const finished = ["succeeded", "failed"].includes(job.phase);
+    const left = job.remaining_s === null ? "" : `, ${duration(job.remaining_s)} left`;
+    say(this.under[1], finished ? "" : `${number(job.progress_rate)} iterations/s${left}`);
     this.buttons.scale.disabled = this.buttons.pause.disabled = finished;
     this.buttons.checkpoint.disabled = job.phase !== "running";
     say(this.buttons.pause, job.paused ? "Resume" : "Pause…");
