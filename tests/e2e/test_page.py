@@ -353,6 +353,29 @@ def test_everything_can_be_done_from_the_keyboard(controller: ControllerProcess,
         expect(page.locator(".answer")).to_contain_text("1 node is wanted", timeout=PATIENCE_MS)
 
 
+def show_sizes(page: Page) -> None:
+    """The card of sizes with a recommendation: a real one takes minutes of different sizes."""
+    page.evaluate(
+        """async () => {
+          const { sizePart } = await import("/static/size.js");
+          const size = (nodes, progress_rate, seen, extrapolated) => ({
+            nodes, workers: nodes, scale: nodes, gain: 1 + nodes / 3, step_s: 0.05, progress_rate,
+            marginal_efficiency: 1 / nodes, seen, extrapolated });
+          const sizes = [
+            size(1, 20, true, false), size(2, 31, true, false), size(3, 38, false, false), size(8, 52, false, true)];
+          const reason = "a third node would bring 33 % of what one brings alone";
+          const recommendation = { nodes: 2, reason, sizes, remaining_s: 61 };
+          const autoscale = { mode: "recommend", goal: "progress" };
+          const part = sizePart({ recommendation, autoscale, desired_nodes: 3 });
+          part.id = "sizes";
+          document.querySelector("article section").append(part);
+        }"""
+    )
+    sizes = page.locator("#sizes")
+    for words in ("2 nodes: a third node would bring 33 %", "done in 1 min 1 s", "2 (best)", "3 (wanted)", "a guess"):
+        expect(sizes).to_contain_text(words)
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
 def test_the_page_is_readable_for_everyone(
     controller: ControllerProcess, browser: Browser, tmp_path: Path, width: int, scheme: str
@@ -372,7 +395,11 @@ def test_the_page_is_readable_for_everyone(
         page.screenshot(path=tmp_path / f"fleet-{width}-{scheme}.png", full_page=True)
         page.get_by_role("link", name="a", exact=True).click()
         expect(page.locator("figure[data-chart=loss] .values")).to_contain_text("loss 0.", timeout=PATIENCE_MS)
+        show_sizes(page)
         assert axe(page) == []
+        page.get_by_role("button", name="Scale").click()
+        assert axe(page) == []
+        page.keyboard.press("Escape")
         page.screenshot(path=tmp_path / f"job-{width}-{scheme}.png", full_page=True)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, "it scrolls sideways"
         assert min(lines(page)) > 250, "a chart is empty"

@@ -76,7 +76,8 @@ def ask_to_leave(draft: Draft, reason: str, *, save: bool) -> bool:
     workers = [w for w in draft.live.workers.values() if w.generation == generation.number and not w.closed]
     for worker in workers:
         draft.act(AskToLeave(worker.session_id, generation.number, reason, save))
-    draft.set_live(save_asked=draft.live.save_asked or (save and bool(workers)))
+    if save and workers:
+        draft.set_live(save_asked=True)
     return bool(workers)
 
 
