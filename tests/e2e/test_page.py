@@ -359,7 +359,7 @@ def show_sizes(page: Page) -> None:
         """async () => {
           const { sizePart } = await import("/static/size.js");
           const size = (nodes, progress_rate, seen, extrapolated) => ({
-            nodes, workers: nodes, scale: nodes, gain: 1 + nodes / 3, step_s: 0.05, progress_rate,
+            nodes, world_size: nodes, scale: nodes, gain: 1 + nodes / 3, step_seconds: 0.05, progress_rate,
             marginal_efficiency: 1 / nodes, seen, extrapolated });
           const sizes = [
             size(1, 20, true, false), size(2, 31, true, false), size(3, 38, false, false), size(8, 52, false, true)];

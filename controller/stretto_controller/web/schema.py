@@ -10,7 +10,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
 
-from stretto_controller.core.goodput.prediction import Recommendation
 from stretto_controller.core.model import Generation, NodeState
 from stretto_controller.curve import Curve
 from stretto_controller.snapshot import JobView
@@ -83,34 +82,6 @@ class SavesOut(BaseModel):
     mean_s: float | None = Field(description="how long one took to write")
 
 
-class AutoscaleOut(BaseModel):
-    mode: str
-    goal: str
-
-
-class SizeOut(BaseModel):
-    """What the job would be like with so many nodes."""
-
-    nodes: int
-    workers: int
-    scale: float | None
-    gain: float | None
-    step_s: float | None
-    progress_rate: float | None
-    marginal_efficiency: float | None = Field(
-        description="what each node beyond the size before brings, as a share of what one brings at min_nodes"
-    )
-    seen: bool
-    extrapolated: bool = Field(description="more than twice the largest size seen: a guess")
-
-
-class RecommendationOut(BaseModel):
-    nodes: int | None = Field(description="the best size; null: none, as the reason says")
-    reason: str
-    sizes: list[SizeOut]
-    remaining_s: float | None = Field(description="until the target at that size")
-
-
 class JobOut(BaseModel):
     name: str
     incarnation: int
@@ -126,8 +97,6 @@ class JobOut(BaseModel):
     remaining_s: float | None
     checkpoint: CheckpointOut | None
     saves: SavesOut
-    autoscale: AutoscaleOut
-    recommendation: RecommendationOut | None
 
 
 class JobsOut(BaseModel):
@@ -276,30 +245,6 @@ def job_out(view: JobView) -> JobOut:
         if checkpoint
         else None,
         saves=SavesOut(count=saves.count, mean_s=saves.sum / saves.count if saves.count else None),
-        autoscale=AutoscaleOut(mode=record.autoscale.mode.value, goal=record.autoscale.goal.value),
-        recommendation=_recommendation_out(view.recommendation) if view.recommendation else None,
-    )
-
-
-def _recommendation_out(found: Recommendation) -> RecommendationOut:
-    return RecommendationOut(
-        nodes=found.nodes or None,
-        reason=found.reason,
-        sizes=[
-            SizeOut(
-                nodes=size.nodes,
-                workers=size.world_size,
-                scale=known(size.scale),
-                gain=known(size.gain),
-                step_s=known(size.step_seconds),
-                progress_rate=known(size.progress_rate),
-                marginal_efficiency=known(size.marginal_efficiency),
-                seen=size.seen,
-                extrapolated=size.extrapolated,
-            )
-            for size in found.sizes
-        ],
-        remaining_s=known(found.remaining_s),
     )
 
 

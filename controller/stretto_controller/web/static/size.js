@@ -9,7 +9,7 @@ export function sizePart({ recommendation, autoscale, desired_nodes }) {
   const { nodes, reason, sizes, remaining_s } = recommendation;
   const most = Math.max(...sizes.map((size) => size.progress_rate ?? 0));
   const rows = sizes.map((size) => [
-    mark(size.nodes, nodes, desired_nodes), String(size.workers), number(size.scale), number(size.gain), duration(size.step_s),
+    mark(size.nodes, nodes, desired_nodes), String(size.world_size), number(size.scale), number(size.gain), duration(size.step_seconds),
     rate(size.progress_rate, most), share(size.marginal_efficiency), basis(size),
   ]);
   const heads = ["nodes", "workers", "S", "gain r", "step", "d(tau)/dt", "each brings", "basis"];
