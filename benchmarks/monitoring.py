@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -141,6 +142,7 @@ def main() -> None:
                 drawn = "figure[data-chart=tau] .values:has-text('tau 14,999')"
                 results["job with 10,000 points"] = first_paint_ms(controller, "/#/job/job-000", drawn)
                 results[pages] = watching(controller, arguments.browsers, arguments.seconds)
+    results["load average"] = os.getloadavg()[0]
     print(json.dumps(results, indent=1))
     met = [
         verdict("scrape of 200 jobs, until it is answered", results["scrape of 200 jobs"]["median_ms"], 50, "ms"),

@@ -72,4 +72,6 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { if
 
 addEventListener("hashchange", () => show(true));
 useTheme(localStorage.getItem("stretto-theme") ?? "auto");
-show();
+// The header is painted first: the history of a long run takes a moment to draw. A hidden tab paints nothing.
+if (document.hidden) show();
+else requestAnimationFrame(() => setTimeout(show));
