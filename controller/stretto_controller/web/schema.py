@@ -89,6 +89,7 @@ class JobOut(BaseModel):
     reason: str
     paused: bool
     desired_nodes: int
+    saves: SavesOut
     spec: Spec
     nodes: list[NodeOut]
     generation: GenerationOut | None
@@ -96,7 +97,6 @@ class JobOut(BaseModel):
     progress_rate: float = Field(description="d(tau)/dt in iterations per second; 0 until known")
     remaining_s: float | None
     checkpoint: CheckpointOut | None
-    saves: SavesOut
 
 
 class JobsOut(BaseModel):
@@ -192,6 +192,7 @@ def job_out(view: JobView) -> JobOut:
         reason=record.reason,
         paused=record.paused,
         desired_nodes=record.wanted_nodes,
+        saves=SavesOut(count=saves.count, mean_s=saves.sum / saves.count if saves.count else None),
         spec=Spec(
             min_nodes=spec.min_nodes,
             max_nodes=spec.max_nodes,
@@ -244,7 +245,6 @@ def job_out(view: JobView) -> JobOut:
         )
         if checkpoint
         else None,
-        saves=SavesOut(count=saves.count, mean_s=saves.sum / saves.count if saves.count else None),
     )
 
 

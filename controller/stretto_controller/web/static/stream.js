@@ -20,7 +20,8 @@ async function request(path, options = {}) {
   const headers = { ...options.headers, ...(token ? { Authorization: `Bearer ${token}` } : {}) };
   const response = await fetch(path, { ...options, headers, cache: "no-store" });
   if (response.status !== 401 && response.status !== 403) return response;
-  const message = token === null ? "only those who have a token are answered" : (await response.json()).message;
+  const answer = await response.json();
+  const message = token === null ? "only those who have a token are answered" : answer.detail ?? answer.message;
   const given = await anotherToken(message);
   if (!given) throw new Refused(message);
   sessionStorage.setItem(TOKEN, given);
