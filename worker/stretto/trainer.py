@@ -96,8 +96,8 @@ class ElasticTrainer:
         self._base_batch_size = base_batch_size
         self._batch_size, self._global_batch_size = batch_size, global_batch_size
         self._target_tau = float(target_tau)
-        self._position = Position(seed=self._settings.seed, base_batch_size=base_batch_size)
         self._chronicle = Chronicle(self._target_tau)
+        self._position = Position(seed=self._settings.seed, base_batch_size=base_batch_size)
         self._skipped = self._logged_step = 0
         self._iterated = False
         self._log: SampleLog | None = None
