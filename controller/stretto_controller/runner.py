@@ -154,7 +154,7 @@ class Runner:
         if isinstance(event, NodeHello):
             self.sessions.bind(name, event.node_id, event.session_id)
         self._carry_out(job, decision, now_s)
-        if not isinstance(event, _FREQUENT):
+        if not (decision.quiet or isinstance(event, _FREQUENT)):
             self._plan(job, now_s)
 
     async def decide(self, name: str, event: Event) -> None:

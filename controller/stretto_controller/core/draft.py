@@ -37,6 +37,7 @@ class Draft:
         self.limits = limits
         self.actions: list[Action] = []
         self.reason = ""
+        self.quiet = False
         # A Ready that was answered already: answered again, unless this very event ends that generation.
         self.repeated: tuple[str, Ready] | None = None
         # In-process mode: the same, by the session of the worker that asked.
@@ -115,4 +116,4 @@ class Draft:
         return [n for n in nodes if n is not None and n.state in (NodeState.ACTIVE, NodeState.DRAINING)]
 
     def decision(self) -> Decision:
-        return Decision(JobState(self.record, self.live), tuple(self.actions), self.reason)
+        return Decision(JobState(self.record, self.live), tuple(self.actions), self.reason, self.quiet)

@@ -30,7 +30,8 @@ def step(name: str, state: JobState | None, event: ev.Event, *, now_s: float, li
     elif treatment is Treatment.TAKE:
         liveness.forgive_stall(draft)
         _FACTS[type(event)](draft, event)
-        if not draft.record.phase.finished and _has_consequences(draft, state, event):
+        draft.quiet = quiet.changes_nothing_yet(draft, state, event)
+        if not (draft.record.phase.finished or draft.quiet or isinstance(event, _WITHOUT_CONSEQUENCE)):
             reconsider(draft)
             if draft.repeated is not None and not membership.answer_again(draft):
                 reconsider(draft)
@@ -39,10 +40,6 @@ def step(name: str, state: JobState | None, event: ev.Event, *, now_s: float, li
     before, after = state.record.phase, draft.record.phase
     assert after is before or after in _reachable(before), f"{before} cannot lead to {after}"
     return draft.decision()
-
-
-def _has_consequences(draft: Draft, before: JobState, event: ev.Event) -> bool:
-    return not isinstance(event, _WITHOUT_CONSEQUENCE) and not quiet.changes_nothing_yet(draft, before, event)
 
 
 # Signs of life are frequent, and by themselves change nothing; what they prevent, `next_wake_s` knows.
