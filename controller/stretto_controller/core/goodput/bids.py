@@ -1,0 +1,20 @@
+"""What a job bids for nodes that several jobs share: its curve of predicted progress, up to where more do not pay."""
+
+from __future__ import annotations
+
+from stretto_controller.core.goodput.allocation import Bid
+from stretto_controller.core.goodput.situation import interpolated
+from stretto_controller.core.model import JobState
+
+
+def bid(state: JobState) -> Bid:
+    """A job that nothing is known of yet bids as if twice its least size were twice as fast: it has to be tried."""
+    record, recommendation = state.record, state.live.recommendation
+    least, autoscale = record.spec.min_nodes, record.autoscale
+    nodes = record.wanted_nodes if record.generation is not None else 0
+    rates: tuple[float, ...] = tuple(float(size) for size in range(least, min(2 * least, record.spec.max_nodes) + 1))
+    if recommendation is not None and recommendation.nodes and recommendation.sizes[0].progress_rate > 0:
+        # Where the job's own floor, deadline or cost says enough, more nodes are worth nothing to it.
+        most = max(least, recommendation.wish or recommendation.nodes)
+        rates = tuple(interpolated(recommendation.sizes, size) for size in range(least, most + 1))
+    return Bid(record.name, least, rates, autoscale.weight, autoscale.priority, nodes)

@@ -1,0 +1,42 @@
+"""What was measured of a job's sizes: from the workers' figures to points that a model is fitted to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from stretto_controller.core.goodput.step_time import Point, Shape
+from stretto_controller.core.report import Progress
+
+# So many steps of a shape count, at most: what is older fades, as machines and data change.
+_REMEMBERED_STEPS = 1000
+# Shapes that are kept; the one that was not seen for longest goes first.
+_KEPT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The durable part: step times by shape, the latest seen last, and what planned changes of size cost."""
+
+    points: tuple[Point, ...] = ()
+    # 0.0 until one was measured.
+    pause_s: float = 0.0
+
+    def with_steps(self, shape: Shape, nodes: int, step_s: float, steps: int) -> Measured:
+        known = next((point for point in self.points if point.shape == shape and point.nodes == nodes), None)
+        point = known or Point(shape, nodes, step_s, 0)
+        point = point.after(step_s, steps, _REMEMBERED_STEPS)
+        others = tuple(other for other in self.points if other is not known)
+        return replace(self, points=(*others, point)[-_KEPT:])
+
+    def with_pause(self, pause_s: float) -> Measured:
+        """The latest weighs as much as all before it."""
+        return replace(self, pause_s=(self.pause_s + pause_s) / 2 if self.pause_s else pause_s)
+
+
+def window(before: Progress, after: Progress) -> tuple[float, int] | None:
+    """(mean duration, number) of the steps between two reports of one generation; None if nothing can be told."""
+    if before.generation != after.generation:
+        return None
+    steps = after.step_seconds.count - before.step_seconds.count
+    seconds = after.step_seconds.sum - before.step_seconds.sum
+    return (seconds / steps, steps) if steps > 0 and seconds > 0 else None
