@@ -171,7 +171,7 @@ async def test_a_job_s_token_can_touch_nothing_else_whatever_the_path(guarded: G
 async def test_who_sends_no_token_is_told_which_kind_is_asked_for(guarded: Guarded) -> None:
     refused = await guarded.http.get("/api/v1/jobs")
     assert refused.headers["www-authenticate"] == 'Bearer realm="stretto"'
-    assert "STRETTO_TOKEN" in refused.json()["message"]
+    assert "STRETTO_TOKEN" in refused.json()["detail"]
 
 
 @pytest.mark.parametrize(

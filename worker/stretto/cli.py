@@ -16,7 +16,6 @@ def build_app() -> typer.Typer:
     app = typer.Typer(
         help="Elastic PyTorch training whose learning rate stays right.",
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
         # Help texts name extras in square brackets, which markup would swallow.
         rich_markup_mode=None,
