@@ -14,6 +14,7 @@ from stretto_controller.core.events import SizeReviewed
 from stretto_controller.core.goodput.allocation import Bid, allocate, few_changes
 from stretto_controller.core.goodput.autoscale import AutoscaleMode
 from stretto_controller.core.goodput.bids import bid
+from stretto_controller.core.limits import Limits
 from stretto_controller.core.model import JobState
 from stretto_controller.runner import Runner, Unavailable
 from stretto_controller.settings import ServiceLimits
@@ -24,9 +25,10 @@ _log = logging.getLogger("stretto.controller")
 class Reviewer:
     """Of one controller's jobs, while it leads."""
 
-    def __init__(self, runner: Runner, service: ServiceLimits) -> None:
+    def __init__(self, runner: Runner, service: ServiceLimits, limits: Limits) -> None:
         self._runner = runner
         self._service = service
+        self._pause_share = limits.pause_share
 
     async def review_on(self) -> None:
         """Review every review_interval_s, for ever."""
@@ -55,7 +57,7 @@ class Reviewer:
         acting, others = [], 0
         for state in states:
             if state.record.autoscale.mode is AutoscaleMode.ACT:
-                acting.append(bid(state))
+                acting.append(bid(state, self._pause_share))
             else:
                 others += state.record.wanted_nodes
         return shares(acting, self._service.shared_nodes - others, self._service)

@@ -126,7 +126,7 @@ class Term:
             return
         if self.settings.store == "etcd":
             _log.info("this controller leads")
-        reviews = asyncio.create_task(Reviewer(self.runner, self.settings.service).review_on())
+        reviews = asyncio.create_task(Reviewer(self.runner, self.settings.service, self.settings.limits).review_on())
         try:
             await store.lost.wait()
         finally:

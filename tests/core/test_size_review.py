@@ -25,7 +25,7 @@ from stretto_controller.core.model import (
     Phase,
     Record,
 )
-from stretto_controller.core.report import Histogram, Progress
+from stretto_controller.core.report import Progress
 
 LIMITS = Limits()
 ACT = Autoscale(mode=AutoscaleMode.ACT)
@@ -41,11 +41,15 @@ class Played:
         self.now_s = 0.0
         self.variance, self.sqr_norm = 0.0, 1.0
         self.step_s: Callable[[int], float] = lambda nodes: 0.1 + 0.02 * (nodes > 1) + 0.002 * nodes
-        self.tau, self.steps, self.count, self.sum_s = 0.0, 0, 0, 0.0
+        self.tau, self.steps, self.done = 0.0, 0, 0.0
         self.story: list[str] = []
         self.kinds: list[str] = []
         self.share = 2**31
+        self.gain: Callable[[int], float] = self._gain
         self._begin(nodes)
+
+    def _gain(self, nodes: int) -> float:
+        return (self.variance + self.sqr_norm) / (self.variance / nodes + self.sqr_norm)
 
     def _begin(self, nodes: int) -> None:
         number = self.record.next_generation
@@ -64,17 +68,17 @@ class Played:
 
     def _train(self) -> None:
         each_s = self.step_s(self.nodes)
-        steps, scale = max(1, int(1 / each_s)), float(self.nodes)
-        gain = (self.variance + self.sqr_norm) / (self.variance / scale + self.sqr_norm)
+        self.done += 1 / each_s
+        steps, scale = int(self.done) - self.steps, float(self.nodes)
+        gain = self.gain(self.nodes)
         self.tau += steps * gain
-        self.steps, self.count, self.sum_s = self.steps + steps, self.count + steps, self.sum_s + steps * each_s
+        self.steps += steps
         assert self.record.generation is not None
         progress = Progress(
             self.record.generation.number, self.steps, self.tau, gain, scale,
             variance=self.variance, sqr_norm=self.sqr_norm,
-            step_seconds=Histogram((), (), self.count, self.sum_s),
         )  # fmt: skip
-        self.live = replace(self.live, progress=progress)
+        self.live = replace(self.live, progress=progress, progress_s=self.now_s)
 
     def review(self, wall_s: float = 0.0) -> None:
         draft = Draft(JobState(self.record, self.live), self.now_s, LIMITS)
@@ -211,12 +215,24 @@ def test_a_rule_that_is_not_adascale_s_is_left_alone() -> None:
     assert job.live.recommendation.nodes == 0
 
 
+def test_one_worker_that_cannot_measure_the_noise_is_joined_by_a_second() -> None:
+    job = Played(ACT)
+    job.variance, job.sqr_norm = 0.0, 0.0
+    job.step_s = lambda nodes: 0.1
+    job.gain = lambda nodes: 1.0
+    job.run(60)
+    assert job.nodes == 2
+    assert "one worker cannot measure it" in job.story[-1]
+    assert job.live.recommendation is not None
+    assert "other rules never" in job.live.recommendation.reason
+
+
 def test_what_was_measured_survives_the_controller() -> None:
     job = Played(ACT)
     job.variance = 50.0
     job.run(200)
     assert job.nodes > 1
-    job.live = Live(progress=job.live.progress)
+    job.live = Live(progress=job.live.progress, progress_s=job.now_s)
     job.run(70)
     assert job.live.recommendation is not None
     assert {point.nodes for point in job.record.measured.points} >= {1, 2}

@@ -343,6 +343,7 @@ class Live:
     sessions: Mapping[str, Session] = field(default_factory=dict)
     workers: Roster = field(default_factory=Roster)
     progress: Progress | None = None
+    progress_s: float = 0.0
     step: int = 0
     step_advanced_s: float | None = None
     # FORMING, or a planned growth: no earlier than this, unless all who are wanted are there.

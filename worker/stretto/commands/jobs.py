@@ -159,8 +159,8 @@ def autoscale(
     """Show what each size would bring and which is best, and why; or say how the size is chosen."""
     with _client(endpoint) as client:
         wanted = types_pb2.Autoscale(
-            mode=types_pb2.AutoscaleMode.Value(f"AUTOSCALE_MODE_{mode.name}") if mode else 0,
-            goal=types_pb2.AutoscaleGoal.Value(f"AUTOSCALE_GOAL_{goal.name}") if goal else 0,
+            mode=types_pb2.AutoscaleMode.Value(f"AUTOSCALE_MODE_{mode.name if mode else 'UNSPECIFIED'}"),
+            goal=types_pb2.AutoscaleGoal.Value(f"AUTOSCALE_GOAL_{goal.name if goal else 'UNSPECIFIED'}"),
             efficiency_floor=_above_zero("--floor", floor),
             weight=_above_zero("--weight", weight),
             deadline_s=_moment_s(deadline) if deadline else 0.0,

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from stretto_controller.core.goodput.allocation import Bid
+from stretto_controller.core.goodput.prediction import SizePrediction
 from stretto_controller.core.goodput.situation import interpolated
 from stretto_controller.core.model import JobState
 
 
-def bid(state: JobState) -> Bid:
+def curve(sizes: Sequence[SizePrediction], least: int, most: int, nodes: int, keeping: float) -> tuple[float, ...]:
+    """Rates of least to most nodes. keeping: the share of time that a change costs, so that the present size is worth
+    as much more.
+    """
+    rates = (interpolated(sizes, size) for size in range(least, most + 1))
+    return tuple(rate * (1 + keeping) if least + i == nodes else rate for i, rate in enumerate(rates))
+
+
+def bid(state: JobState, keeping: float) -> Bid:
     """A job that nothing is known of yet bids as if twice its least size were twice as fast: it has to be tried."""
     record, recommendation = state.record, state.live.recommendation
     least, autoscale = record.spec.min_nodes, record.autoscale
@@ -16,5 +27,5 @@ def bid(state: JobState) -> Bid:
     if recommendation is not None and recommendation.nodes and recommendation.sizes[0].progress_rate > 0:
         # Where the job's own floor, deadline or cost says enough, more nodes are worth nothing to it.
         most = max(least, recommendation.wish or recommendation.nodes)
-        rates = tuple(interpolated(recommendation.sizes, size) for size in range(least, most + 1))
+        rates = curve(recommendation.sizes, least, most, nodes, keeping)
     return Bid(record.name, least, rates, autoscale.weight, autoscale.priority, nodes)

@@ -65,7 +65,8 @@ def _fastest(situation: Situation, usable: Sequence[SizePrediction], floor: floa
         lost = 100 * (1 - best.progress_rate / now) if now > 0 else 0.0
         spared = situation.nodes - best.nodes
         added = (now - best.progress_rate) / spared / each if each > 0 else 0.0
-        why = f"the other {spared} bring {added:.0%} each of what the first bring (floor {floor:.0%})"
+        which = f"the other {spared} bring {added:.0%} each" if spared > 1 else f"the last one brings {added:.0%}"
+        why = f"{which} of what the first bring (floor {floor:.0%})"
         if situation.share < situation.nodes:
             why = f"{situation.share} are this job's share of the nodes"
         fall = f"{lost:.0f} % less" if lost >= 0 else f"{-lost:.0f} % more"
@@ -140,6 +141,8 @@ def _caveats(
     chosen = next((size for size in usable if size.nodes == nodes), None)
     count = len({(point.shape.workers, point.shape.local_batch) for point in situation.model.points})
     told = [f"step times fitted to {count} {'size' if count == 1 else 'sizes'}"]
+    if situation.assumed:
+        told.append("the gradient's noise not known, for one worker cannot measure it, and taken to be large")
     if chosen is not None and chosen.extrapolated:
         told.append(f"{nodes} is beyond twice the largest size seen")
     elif chosen is not None and not chosen.seen:

@@ -33,10 +33,12 @@ class Measured:
         return replace(self, pause_s=(self.pause_s + pause_s) / 2 if self.pause_s else pause_s)
 
 
-def window(before: Progress, after: Progress) -> tuple[float, int] | None:
-    """(mean duration, number) of the steps between two reports of one generation; None if nothing can be told."""
-    if before.generation != after.generation:
+def window(before: Progress, before_s: float, after: Progress, after_s: float) -> tuple[float, int] | None:
+    """(mean duration, number) of the steps between two reports of one generation; None if nothing can be told.
+
+    By when the reports came: what a script does between its steps takes time, too.
+    """
+    steps = after.step - before.step
+    if before.generation != after.generation or steps <= 0 or after_s <= before_s:
         return None
-    steps = after.step_seconds.count - before.step_seconds.count
-    seconds = after.step_seconds.sum - before.step_seconds.sum
-    return (seconds / steps, steps) if steps > 0 and seconds > 0 else None
+    return (after_s - before_s) / steps, steps

@@ -107,7 +107,8 @@ def _measure(draft: Draft, progress: Progress) -> None:
     measured = _measured(draft)
     if state.generation != generation.number:
         state = Review(generation=generation.number, resized_s=draft.now_s, measured=measured, told=state.told)
-    seen = window(state.progress, progress) if state.progress is not None else None
+    progress_s = draft.live.progress_s
+    seen = window(state.progress, state.progress_s, progress, progress_s) if state.progress is not None else None
     batches = _batches(draft, progress)
     if seen is not None and batches.known:
         step_s, steps = seen
@@ -118,7 +119,7 @@ def _measure(draft: Draft, progress: Progress) -> None:
         state = replace(state, pause_known=True)
         if draft.live.cause in _SIZE_CHANGES:
             measured = measured.with_pause(draft.live.pause_s)
-    state = replace(state, progress=progress, measured=measured)
+    state = replace(state, progress=progress, progress_s=progress_s, measured=measured)
     due = state.saved_s is None or draft.now_s - state.saved_s >= draft.limits.measured_saved_s
     if state.steps >= draft.limits.observed_steps and due and measured != record.measured:
         draft.update(measured=measured)
@@ -147,13 +148,16 @@ def _situation(draft: Draft, progress: Progress, circumstances: Circumstances) -
     model = fitted(_measured(draft).points)
     if model is None or draft.live.review.steps < draft.limits.observed_steps:
         return f"no size is predicted yet: {draft.limits.observed_steps} steps at the present size are needed"
-    if not moments.known:
+    assumed = not moments.known and generation.world_size == 1
+    if assumed:
+        moments = Moments(1.0, 0.0)
+    elif not moments.known:
         return (
             "no size is predicted: the gradient's noise is not known; AdaScale measures it with two workers or "
             "micro-batches, other rules never"
         )
     expected = moments.gain(progress.scale or generation.scale)
-    if abs(progress.gain / expected - 1) > _GAIN_TOLERANCE:
+    if not assumed and abs(progress.gain / expected - 1) > _GAIN_TOLERANCE:
         return (
             f"no size is predicted: the workers report a gain of {progress.gain:.3g} where the gradient's moments "
             f"give {expected:.3g}, so the job's rule is not AdaScale's"
@@ -170,6 +174,7 @@ def _situation(draft: Draft, progress: Progress, circumstances: Circumstances) -
         pause_s=_pause_s(draft),
         deadline_s=record.autoscale.deadline_s - circumstances.wall_s if record.autoscale.deadline_s else math.nan,
         share=max(circumstances.share, spec.min_nodes),
+        assumed=assumed,
     )
 
 

@@ -17,6 +17,8 @@ class Review:
     # When its size began.
     resized_s: float = 0.0
     progress: Progress | None = None
+    # When it came.
+    progress_s: float = 0.0
     # Steps of it that were measured.
     steps: int = 0
     # Its pause was measured, or was no change of size.

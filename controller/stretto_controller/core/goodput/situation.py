@@ -85,6 +85,8 @@ class Situation:
     deadline_s: float = math.nan
     # The job's share of the nodes that all share.
     share: int = 2**31
+    # The moments are not known: one worker cannot measure them. They are taken for nothing but noise.
+    assumed: bool = False
 
     def workers(self, nodes: int) -> int:
         return max(1, round(nodes * self.slots))
