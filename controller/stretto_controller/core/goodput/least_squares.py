@@ -1,7 +1,7 @@
 """Non-negative least squares for a handful of coefficients, in plain Python (Lawson and Hanson 1974, chapter 23).
 
 The controller fits four numbers to at most some dozens of points; scipy, at 35 MB, would be there for this alone
-(docs/decisions/0021).
+(docs/decisions/0041).
 """
 
 from __future__ import annotations
