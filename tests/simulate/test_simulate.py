@@ -86,7 +86,7 @@ def test_a_heavier_job_and_a_higher_priority_are_done_sooner() -> None:
     jobs = [job(f"job-{i}", target_tau=50_000.0) for i in range(4)]
     trace = Trace(12, (replace(jobs[0], weight=4.0), *jobs[1:]))
     outcome = played(trace, Goodput(autoscale=AUTOSCALE))
-    assert outcome.completion_s[0] == min(outcome.completion_s)
+    assert outcome.completion_s[0] == min(outcome.completion_s), outcome.completion_s
     trace = Trace(2, (*jobs[:3], replace(jobs[3], priority=1)))
     assert played(trace, Goodput()).completion_s[3] == min(played(trace, Goodput()).completion_s)
 

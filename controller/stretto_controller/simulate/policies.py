@@ -94,15 +94,16 @@ class Goodput:
     autoscale: Autoscale = field(default_factory=lambda: Autoscale(mode=AutoscaleMode.ACT))
 
     def divide(self, known: Sequence[Known], capacity: int, now_s: float) -> dict[str, int]:
-        bids = [self._bid(each, now_s) for each in known]
+        # Who changed a moment ago is left alone, unless there are too few nodes for that.
+        calm = sum(max(each.nodes, each.job.min_nodes) for each in known) <= capacity
+        bids = [self._bid(each, now_s, calm) for each in known]
         target = allocate(bids, capacity)
         return few_changes(bids, target, capacity, changes=_CHANGES, worth=_WORTH)
 
-    def _bid(self, each: Known, now_s: float) -> Bid:
+    def _bid(self, each: Known, now_s: float, calm: bool) -> Bid:
         job = each.job
-        if each.nodes and now_s - each.changed_s < job.pause_s / _LIMITS.pause_share:
-            # So soon it is not changed again, unless its nodes vanish.
-            return Bid(job.name, min(each.nodes, job.min_nodes), (1.0,), job.weight, job.priority + 1, each.nodes)
+        if calm and each.nodes and now_s - each.changed_s < job.pause_s / _LIMITS.pause_share:
+            return Bid(job.name, each.nodes, (1.0,), job.weight, job.priority, each.nodes)
         situation = self._situation(each)
         if situation is None:
             rates = tuple(float(size) for size in range(job.min_nodes, min(2 * job.min_nodes, job.max_nodes) + 1))

@@ -80,7 +80,15 @@ class CheckpointOut(BaseModel):
     tau: float
     path: str
     size_bytes: int
-    time_s: float
+    duration_s: float
+    time_s: float = Field(description="seconds since the Unix epoch")
+
+
+class SavesOut(BaseModel):
+    """Of the checkpoints that were committed since this controller started."""
+
+    count: int
+    mean_s: float | None = Field(description="how long one took to write")
 
 
 class JobOut(BaseModel):
@@ -90,6 +98,7 @@ class JobOut(BaseModel):
     reason: str
     paused: bool
     desired_nodes: int
+    saves: SavesOut
     spec: Spec
     nodes: list[NodeOut]
     generation: GenerationOut | None
@@ -226,7 +235,7 @@ def known(value: float) -> float | None:
 
 def job_out(view: JobView) -> JobOut:
     record, progress, checkpoint = view.record, view.progress, view.record.checkpoint
-    spec = record.spec
+    spec, saves = record.spec, view.figures.checkpoint_seconds.histogram
     return JobOut(
         name=record.name,
         incarnation=record.incarnation,
@@ -234,6 +243,7 @@ def job_out(view: JobView) -> JobOut:
         reason=record.reason,
         paused=record.paused,
         desired_nodes=record.wanted_nodes,
+        saves=SavesOut(count=saves.count, mean_s=saves.sum / saves.count if saves.count else None),
         spec=Spec(
             min_nodes=spec.min_nodes,
             max_nodes=spec.max_nodes,
@@ -281,6 +291,7 @@ def job_out(view: JobView) -> JobOut:
             tau=checkpoint.tau,
             path=checkpoint.path,
             size_bytes=checkpoint.size_bytes,
+            duration_s=checkpoint.duration_s,
             time_s=view.marks.checkpoint_s,
         )
         if checkpoint
