@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from typing import Annotated
 
 import typer
@@ -52,7 +53,8 @@ def doctor(
     """Say what is wrong with this machine's way to its controllers: ports, TLS, token, versions, torch, clocks."""
     console = Console(soft_wrap=True, highlight=False)
     wrong = 0
-    for finding in examine(endpoint or os.environ.get(ENDPOINT_VARIABLE) or DEFAULT_ENDPOINT, os.environ):
+    way = examine(endpoint or os.environ.get(ENDPOINT_VARIABLE) or DEFAULT_ENDPOINT, os.environ)
+    for finding in chain(way, _torch()):
         wrong += not finding.ok
         console.print(("ok     " if finding.ok else "WRONG  ") + finding.text, markup=False)
         if finding.remedy:
@@ -63,7 +65,6 @@ def doctor(
 def examine(text: str, environ: Mapping[str, str]) -> Iterator[Finding]:
     """All findings, from this machine outwards."""
     yield from _versions()
-    yield from _torch()
     try:
         endpoints = parse_endpoints(text)
         credentials = Credentials.from_environment(environ)
