@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from core.test_properties import World
 from stretto_controller.core import events as ev
 from stretto_controller.core.actions import LogEvent
 from stretto_controller.core.draft import Draft
-from stretto_controller.core.goodput.autoscale import Autoscale, AutoscaleMode, Goal
+from stretto_controller.core.goodput.autoscale import Autoscale, AutoscaleChange, AutoscaleMode, Goal
 from stretto_controller.core.goodput.review import Circumstances, review
 from stretto_controller.core.goodput.review_state import Review
 from stretto_controller.core.job import step
@@ -248,3 +249,23 @@ def test_who_scales_by_hand_takes_over(mode: AutoscaleMode) -> None:
     assert decision.state.record.wanted_nodes == 3
     expected = AutoscaleMode.RECOMMEND if mode is AutoscaleMode.ACT else mode
     assert decision.state.record.autoscale.mode is expected
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_invariants_hold_while_sizes_are_reviewed_in_the_midst_of_anything(mode: Mode) -> None:
+    chosen = 0
+    for seed in range(100):
+        world = World(seed, mode)
+        for number in range(120):
+            event = world.event()
+            if isinstance(event, ev.WorkerProgressed):
+                noisy = replace(event.progress, step=10 * number, variance=world.rng.choice([0.0, 9.0]), sqr_norm=1.0)
+                event = replace(event, progress=noisy)
+            world.recover() if isinstance(event, ev.Recovered) else world.feed(event)
+            world.feed(ev.AutoscaleRequested(AutoscaleChange(mode=AutoscaleMode.ACT)))
+            world.feed(ev.SizeReviewed(world.now_s, share=world.rng.choice([1, 2, 2**31])))
+            if world.state is not None:
+                record = world.state.record
+                assert record.spec.min_nodes <= record.wanted_nodes <= record.spec.max_nodes, f"seed {seed}"
+                chosen += record.desired_nodes > 0
+    assert chosen
