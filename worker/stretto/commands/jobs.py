@@ -213,15 +213,15 @@ def delete(
 ) -> None:
     """Dismiss the job's nodes and forget it. Asks first, unless the job is finished."""
     with _client(endpoint) as client:
-        found = client.get(job)
-        if not yes and found.phase not in _FINISHED:
+        found = client.get(job) if as_json or not yes else None
+        if not yes and found is not None and found.phase not in _FINISHED:
             if not sys.stdin.isatty():
                 raise ValueError(
                     f"the job {job!r} is {found.phase}; say --yes to end and forget it without being asked"
                 )
             typer.confirm(f"The job {job!r} is {found.phase}. End and forget it?", abort=True)
         client.delete(job)
-        if as_json:
+        if found is not None and as_json:
             print_json(found)
         else:
             typer.echo(f"the job {job!r} is deleted")
