@@ -369,7 +369,7 @@ def show_sizes(page: Page) -> None:
             marginal_efficiency: 1 / nodes, seen, extrapolated });
           const sizes = [
             size(1, 20, true, false), size(2, 31, true, false), size(3, 38, false, false), size(8, 52, false, true)];
-          const reason = "a third node would bring 33 % of what one brings alone";
+          const reason = "2 nodes: a third node would bring 33 % of what one brings alone";
           const recommendation = { nodes: 2, reason, sizes, remaining_s: 61 };
           const autoscale = { mode: "recommend", goal: "progress" };
           const part = sizePart({ recommendation, autoscale, desired_nodes: 3 });

@@ -190,8 +190,7 @@ def _size_lines(recommendation: types_pb2.Recommendation) -> list[RenderableType
     """Which size is best and why, and the progress rate that is expected of each."""
     if not recommendation.reason:
         return []
-    best = f"best {recommendation.nodes}: " if recommendation.nodes else ""
-    lines: list[RenderableType] = [_line(f"{best}{recommendation.reason}")]
+    lines: list[RenderableType] = [_line(recommendation.reason)]
     if recommendation.sizes:
         sizes = "  ".join(
             f"{size.nodes}: {size.progress_rate:.3g}{'' if size.seen else '?'}" for size in recommendation.sizes
