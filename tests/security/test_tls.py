@@ -190,8 +190,8 @@ async def test_the_doctor_names_the_page_s_port_and_tls_where_there_is_none(
 
 def test_the_doctor_names_packages_that_are_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "version", lambda package: "1.13.1+cu117" if package == "torch" else "99.0")
-    found = [finding for finding in doctor.examine("127.0.0.1:1", {}) if not finding.ok]
-    assert "torch 1.13.1+cu117 is older than 2.10" in found[0].text
+    found = next(finding for finding in doctor.examine("127.0.0.1:1", {}) if not finding.ok)
+    assert "torch 1.13.1+cu117 is older than 2.10" in found.text
 
 
 async def test_the_doctor_names_a_closed_port_a_bad_name_and_a_bad_endpoint() -> None:
