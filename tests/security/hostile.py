@@ -98,7 +98,7 @@ class Hostile:
 
     def _fill(self, message: Any, field: descriptors.FieldDescriptor, depth: int) -> None:
         if field.type == field.TYPE_MESSAGE:
-            if depth < 4 and not field.is_repeated:
+            if depth < 4 and not field.is_repeated and field.message_type is not None:
                 getattr(message, field.name).CopyFrom(self._filled(field.message_type, depth + 1))
             return
         if field.is_repeated:

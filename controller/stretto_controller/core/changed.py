@@ -13,11 +13,14 @@ T = TypeVar("T")
 
 def changed(value: T, **changes: object) -> T:
     """The same dataclass value with these fields in place of its own. Not for fields that __init__ does not take."""
-    take, places = _layout(type(value))
+    # For mypy alone, to which a class is not known to be hashable.
+    kind: Any = type(value)
+    take, places = _layout(kind)
     values = list(take(value))
     for name, item in changes.items():
         values[places[name]] = item
-    return type(value)(*values)
+    new: T = kind(*values)
+    return new
 
 
 @cache
