@@ -18,6 +18,7 @@ from stretto.checkpoint.index import Index
 from stretto.checkpoint.loading import Contents, distribute
 from stretto.checkpoint.manifest import Manifest
 from stretto.checkpoint.name import SAVE_LIMIT, CheckpointName, check_position
+from stretto.checkpoint.pace import Pace
 from stretto.checkpoint.peers import Peers, present_peers
 from stretto.checkpoint.settings import CheckpointSettings
 from stretto.checkpoint.shard_writer import ShardWriter
@@ -144,18 +145,21 @@ class Checkpointer:
         if others_busy:
             return False
         name = CheckpointName(generation, step, save)
-        staged, writer_of = self._stage(Snapshot(state, peers.rank), name, peers, urgent=urgent)
+        pace = Pace(None if urgent else self._settings.write_share)
+        writer, staged = self._stage(Snapshot(state, peers.rank), name, peers, pace)
         first = peers.rank == 0
 
-        def write(cancelled: Callable[[], bool]) -> None:
+        def write() -> None:
             if first:
                 self._committer.begin(name, fences=fences)
-            _write(writer_of(cancelled), staged)
+            _write(writer, staged)
 
-        def commit(cancelled: Callable[[], bool]) -> Manifest | None:
+        def commit() -> Manifest | None:
             if not first:
                 return None
-            return self._committer.commit(name, tau=tau, world_size=peers.world_size, cancelled=cancelled)
+            return self._committer.commit(
+                name, tau=tau, world_size=peers.world_size, cancelled=lambda: pace.cancelled
+            )
 
         self._running = BackgroundSave(
             self._store,
@@ -165,7 +169,7 @@ class Checkpointer:
             write=write,
             commit=commit,
             tau=tau,
-            urgent=urgent,
+            pace=pace,
         )
         return True
 
@@ -292,25 +296,21 @@ class Checkpointer:
             names = names[1:]
 
     def _stage(
-        self, snapshot: Snapshot, name: CheckpointName, peers: Peers, *, urgent: bool
-    ) -> tuple[Staged, Callable[[Callable[[], bool]], ShardWriter]]:
-        """This rank's share, copied, and what makes a writer for it."""
-        settings = self._settings
-        rank = peers.rank
-
-        def writer_of(cancelled: Callable[[], bool]) -> ShardWriter:
-            return ShardWriter(
-                self._store,
-                str(name),
-                rank,
-                part_bytes=settings.part_bytes,
-                threads=settings.urgent_threads if urgent else settings.write_threads,
-                cancelled=cancelled,
-            )
-
+        self, snapshot: Snapshot, name: CheckpointName, peers: Peers, pace: Pace
+    ) -> tuple[ShardWriter, Staged]:
+        """This rank's share, copied, and what writes it."""
+        settings, rank = self._settings, peers.rank
+        writer = ShardWriter(
+            self._store,
+            str(name),
+            rank,
+            part_bytes=settings.part_bytes,
+            threads=settings.write_threads if pace.leisurely else settings.urgent_threads,
+            pace=pace,
+        )
         planner = SharePlanner(rank, peers.world_size, owners=snapshot.owners, item_bytes=settings.part_bytes)
         planner.set_up_planner(snapshot.tensors)
-        plan = writer_of(lambda: False).prepare_local_plan(planner.create_local_plan())
+        plan = writer.prepare_local_plan(planner.create_local_plan())
         index = Index(
             rank=rank,
             save=name.save,
@@ -320,7 +320,7 @@ class Checkpointer:
             tree=snapshot.tree if rank == 0 else None,
             own=snapshot.own,
         )
-        return self._staging.copy(plan, planner, index), writer_of
+        return writer, self._staging.copy(plan, planner, index)
 
     def _ended(self) -> Saved | Failed | None:
         if self._running is None or self._running.running:

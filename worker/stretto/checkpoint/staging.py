@@ -31,11 +31,16 @@ class Staging:
         """
         parts: Sequence[Part] = plan.storage_data
         placed = [
-            (item, part.begin + start) for part in parts for item, start in zip(part.items, part.starts, strict=True)
+            (item, part.begin + len(part.header) + start)
+            for part in parts
+            for item, start in zip(part.items, part.starts, strict=True)
         ]
         sources = [planner.resolve_data(item) for item, _ in placed]
         pinned = any(isinstance(source, Tensor) and source.is_cuda for source in sources)
         self._reserve(parts[-1].end if parts else 0, pinned=pinned)
+        for part in parts:
+            header = torch.frombuffer(bytearray(part.header), dtype=torch.uint8)
+            self._buffer[part.begin : part.begin + len(header)] = header
         views: dict[int, Tensor] = {}
         for item, begin in placed:
             views[id(item)] = self._buffer[begin : begin + size_of(item)].view(dtype_of(item)).view(box_of(item)[1])
@@ -46,7 +51,7 @@ class Staging:
             self._copy_in_threads(pairs)
         if pinned:
             torch.cuda.synchronize()
-        return Staged(plan, views, index)
+        return Staged(plan, self._buffer, views, index)
 
     def _copy_in_threads(self, pairs: list[tuple[Tensor, Any]]) -> None:
         """Several read memory faster than one; each has about as much to do."""
@@ -67,10 +72,11 @@ def _copy_all(pairs: list[tuple[Tensor, Any]]) -> None:
 
 
 class Staged(SavePlanner):
-    """A plan that is settled, and the values that it had: what DCP's storage writers take in the background."""
+    """A plan that is settled, and the files' bytes as they were: what a storage writer takes in the background."""
 
-    def __init__(self, plan: SavePlan, views: dict[int, Tensor], index: Index) -> None:
+    def __init__(self, plan: SavePlan, buffer: Tensor, views: dict[int, Tensor], index: Index) -> None:
         self._plan = plan
+        self._buffer = buffer
         self._views = views
         self._index = index
 
@@ -90,3 +96,7 @@ class Staged(SavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         return self._views[id(write_item)]
+
+    def file(self, part: Part) -> memoryview:
+        """A whole file, header and all."""
+        return self._buffer[part.begin : part.end].numpy().data
