@@ -261,7 +261,9 @@ def report(case: Case, result: dict[str, Any]) -> list[str]:
             continue
         middle = statistics.median(values)
         cpu = f"CPU {statistics.median(found[f'{name}, CPU']):6.3f} s" if f"{name}, CPU" in found else ""
-        print(f"  {name:21}{middle:7.3f} s  {size_bytes / middle / 1e9:5.2f} GB/s  {cpu:13}  (first {first[name]:.3f} s)")
+        print(
+            f"  {name:21}{middle:7.3f} s  {size_bytes / middle / 1e9:5.2f} GB/s  {cpu:13}  (first {first[name]:.3f} s)"
+        )
 
     def ratio(above: str, below: str) -> float:
         return float(statistics.median(a / b for a, b in zip(found[above], found[below], strict=True)))

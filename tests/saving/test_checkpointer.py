@@ -272,7 +272,7 @@ def test_a_file_system_that_is_really_full_is_said_to_be(tmp_path: Path) -> None
     store = Meddling(tmp_path, ".safetensors", lambda: None)
     checkpointer = with_store(store)
 
-    def redirect(path: str, chunks: Iterable[Any]) -> None:
+    def redirect(path: str, chunks: Iterable[Any], direct: bool) -> None:
         with open("/dev/full", "wb", buffering=0) as full:
             for chunk in chunks:
                 full.write(chunk)

@@ -157,9 +157,7 @@ class Checkpointer:
         def commit() -> Manifest | None:
             if not first:
                 return None
-            return self._committer.commit(
-                name, tau=tau, world_size=peers.world_size, cancelled=lambda: pace.cancelled
-            )
+            return self._committer.commit(name, tau=tau, world_size=peers.world_size, cancelled=lambda: pace.cancelled)
 
         self._running = BackgroundSave(
             self._store,
@@ -295,9 +293,7 @@ class Checkpointer:
             yield CheckpointName(generation, step, save)
             names = names[1:]
 
-    def _stage(
-        self, snapshot: Snapshot, name: CheckpointName, peers: Peers, pace: Pace
-    ) -> tuple[ShardWriter, Staged]:
+    def _stage(self, snapshot: Snapshot, name: CheckpointName, peers: Peers, pace: Pace) -> tuple[ShardWriter, Staged]:
         """This rank's share, copied, and what writes it."""
         settings, rank = self._settings, peers.rank
         writer = ShardWriter(

@@ -12,7 +12,8 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from stretto.checkpoint.index import DTYPES, Chunk, part_name
 
-_ALIGNED = 64  # where a file begins in the staging buffer, and where its tensors begin in it
+_FILE_ALIGNED = 4096  # where a file begins in the staging buffer, so that it can be written from there past any cache
+_DATA_ALIGNED = 64  # where its tensors begin in it
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def _part(items: Sequence[WriteItem], rank: int, before: Sequence[Part]) -> Part
             "data_offsets": [starts[-1], end],
         }
     text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNED)
-    begin = -(-before[-1].end // _ALIGNED) * _ALIGNED if before else 0
+    text += b" " * (-(8 + len(text)) % _DATA_ALIGNED)
+    begin = -(-before[-1].end // _FILE_ALIGNED) * _FILE_ALIGNED if before else 0
     file = part_name(rank, len(before))
     return Part(file, len(text).to_bytes(8, "little") + text, ordered, tuple(starts), end, begin)

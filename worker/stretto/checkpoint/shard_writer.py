@@ -112,5 +112,5 @@ class ShardWriter(StorageWriter):
                     digest.update(block)
                     yield block
 
-        self._store.write(f"{self._folder}/{part.file}", blocks())
+        self._store.write(f"{self._folder}/{part.file}", blocks(), direct=True)
         return FileEntry(len(file), digest.hexdigest())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -62,7 +63,13 @@ class Staging:
     def _reserve(self, size_bytes: int, *, pinned: bool) -> None:
         if self._buffer.numel() < size_bytes or (pinned and not self._buffer.is_pinned()):
             self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one goes first
-            self._buffer = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=pinned)
+            self._buffer = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True) if pinned else _pages(size_bytes)
+
+
+def _pages(size_bytes: int) -> Tensor:
+    """Memory that begins at a page's beginning, and that a child process gets a copy of."""
+    area = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(area, dtype=torch.uint8)
 
 
 def _copy_all(pairs: list[tuple[Tensor, Any]]) -> None:

@@ -11,8 +11,11 @@ from typing import Any, BinaryIO
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from stretto.checkpoint.direct import DirectFile, append, is_cached
+
 _PARTIAL = ".partial"
 _UPLOAD_BYTES = 8 << 20  # of one part of an upload
+_LARGE_BYTES = 1 << 20
 # Object stores have no folders; to make one there would be to make a bucket, perhaps of a name with a typing error.
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci"})
 
@@ -75,10 +78,13 @@ class Store:
                 self._made = True
             _sync(Path(self._root))
 
-    def write(self, path: str, chunks: Iterable[Bytes]) -> None:
-        """Write a file; it is there, whole, when this returns."""
+    def write(self, path: str, chunks: Iterable[Bytes], *, direct: bool = False) -> None:
+        """Write a file; it is there, whole, when this returns.
+
+        direct: past the page cache, where the file system lets it.
+        """
         if self.local:
-            self._write_local(self.at(path), chunks)
+            self._write_local(self.at(path), chunks, direct)
             return
         file = self._fs.open(self.at(path), "wb", block_size=_UPLOAD_BYTES)
         try:
@@ -117,10 +123,11 @@ class Store:
 
     @contextlib.contextmanager
     def open(self, path: str) -> Iterator[BinaryIO]:
-        """A file to read from, unbuffered where it is local."""
+        """A file to read from; a large local one past the page cache, unless it is there already."""
         if self.local:
             with open(self.at(path), "rb", buffering=0) as local:
-                yield local
+                large = os.fstat(local.fileno()).st_size >= _LARGE_BYTES
+                yield DirectFile(local) if large and not is_cached(local.fileno()) else local
             return
         self._fs.invalidate_cache()
         with self._fs.open(self.at(path), "rb") as file:
@@ -137,14 +144,12 @@ class Store:
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm(self.at(folder), recursive=True)
 
-    def _write_local(self, path: str, chunks: Iterable[Bytes]) -> None:
+    def _write_local(self, path: str, chunks: Iterable[Bytes], direct: bool) -> None:
         partial = path + _PARTIAL
         try:
             with open(partial, "wb", buffering=0) as file:
                 for chunk in chunks:
-                    view = memoryview(chunk)
-                    while view:  # a nearly full disk takes a part of it first
-                        view = view[file.write(view) :]
+                    append(file.fileno(), memoryview(chunk), direct)
                 os.fsync(file.fileno())
             os.replace(partial, path)
         except BaseException:
