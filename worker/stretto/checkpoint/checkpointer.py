@@ -74,15 +74,15 @@ class Checkpointer:
         peers: Peers | None = None,
         settings: CheckpointSettings | None = None,
     ) -> None:
-        self._settings = settings or CheckpointSettings()
-        self._settings.validate()
+        self.settings = settings or CheckpointSettings()
+        self.settings.validate()
         rules = Rules(keep, keep_every_tau, job)
         rules.validate()
         self._store = Store(url)
         self._peers = peers
-        self._catalogue = Catalogue(self._store, threads=self._settings.read_threads)
-        self._committer = Committer(self._store, rules, shares_limit_s=self._settings.shares_limit_s)
-        self._staging = Staging(self._settings.copy_threads)
+        self._catalogue = Catalogue(self._store, threads=self.settings.read_threads)
+        self._committer = Committer(self._store, rules, shares_limit_s=self.settings.shares_limit_s)
+        self._staging = Staging(self.settings.copy_threads)
         self._running: BackgroundSave | None = None
         self._failures = 0
 
@@ -145,7 +145,7 @@ class Checkpointer:
         if others_busy:
             return False
         name = CheckpointName(generation, step, save)
-        pace = Pace(None if urgent else self._settings.write_share)
+        pace = Pace(None if urgent else self.settings.write_share)
         writer, staged = self._stage(Snapshot(state, peers.rank), name, peers, pace)
         first = peers.rank == 0
 
@@ -190,7 +190,7 @@ class Checkpointer:
                 raise outcome.error
             self._failures += 1
             _log.warning("no checkpoint of step %d: %s", outcome.step, outcome.reason)
-            if self._failures > self._settings.failures_allowed:
+            if self._failures > self.settings.failures_allowed:
                 raise CheckpointFailed(
                     f"{self._failures} saves in a row have failed; the latest, of step {outcome.step}: {outcome.reason}"
                 ) from outcome.error
@@ -245,13 +245,14 @@ class Checkpointer:
             try:
                 contents = Contents(self._store, name)
                 contents.check_against(state)
-                values = contents.read(state, peers.rank, peers.world_size, threads=self._settings.read_threads)
+                values = contents.read(state, peers.rank, peers.world_size, threads=self.settings.read_threads)
             except Damaged as damage:
                 trouble = str(damage)
             if peers.add_up([int(bool(trouble))])[0]:
                 reason = trouble or "another rank found it damaged"
                 passed_over.append(PassedOver(self._store.at(str(name)), reason))
                 committed = committed or self._catalogue.committed(name)
+                self._committer.note_damaged(name)
                 _log.warning("checkpoint %s passed over: %s", name, reason)
                 continue
             assert contents is not None, "it was read"
@@ -295,7 +296,7 @@ class Checkpointer:
 
     def _stage(self, snapshot: Snapshot, name: CheckpointName, peers: Peers, pace: Pace) -> tuple[ShardWriter, Staged]:
         """This rank's share, copied, and what writes it."""
-        settings, rank = self._settings, peers.rank
+        settings, rank = self.settings, peers.rank
         writer = ShardWriter(
             self._store,
             str(name),

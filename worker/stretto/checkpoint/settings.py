@@ -20,6 +20,8 @@ class CheckpointSettings:
     read_threads: int = 2
     # A rank whose share is not there by then has failed the save.
     shares_limit_s: float = 120.0
+    # Workers that leave as planned wait so long for a save that is running, to tell of it.
+    leave_wait_s: float = 5.0
     # So many saves in a row may fail with a warning; the next failure ends the training.
     failures_allowed: int = 3
 
