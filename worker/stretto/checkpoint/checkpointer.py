@@ -248,6 +248,8 @@ class Checkpointer:
                 values = contents.read(state, peers.rank, peers.world_size, threads=self.settings.read_threads)
             except Damaged as damage:
                 trouble = str(damage)
+            except OSError as error:
+                trouble = reason_of(error, self.url)
             if peers.add_up([int(bool(trouble))])[0]:
                 reason = trouble or "another rank found it damaged"
                 passed_over.append(PassedOver(self._store.at(str(name)), reason))
@@ -283,12 +285,18 @@ class Checkpointer:
     def _candidates(self, peers: Peers) -> Iterator[CheckpointName]:
         """Rank 0's checkpoints, newest first, on every rank."""
         names: list[CheckpointName] = []
+        trouble = ""
         if peers.rank == 0:
-            self._committer.look_around()
-            names = self._catalogue.newest_first()
+            try:
+                self._committer.look_around()
+                names = self._catalogue.newest_first()
+            except OSError as error:
+                trouble = reason_of(error, self.url)
         while True:
             mine = [1, names[0].generation, names[0].step, names[0].save] if names else [0, 0, 0, 0]
-            another, generation, step, save = peers.add_up(mine)
+            another, generation, step, save, failed = peers.add_up([*mine, int(bool(trouble))])
+            if failed:
+                raise CheckpointFailed(trouble or f"rank 0 cannot list what is at {self.url}")
             if not another:
                 return
             yield CheckpointName(generation, step, save)

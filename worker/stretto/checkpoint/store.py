@@ -61,7 +61,8 @@ class Store:
                 return {}
         self._fs.invalidate_cache()
         try:
-            found = self._fs.ls(path, detail=True)
+            with _said_as_oserror():
+                found = self._fs.ls(path, detail=True)
         except FileNotFoundError:
             return {}
         names = {str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]: int(entry.get("size") or 0) for entry in found}
@@ -86,15 +87,17 @@ class Store:
         if self.local:
             self._write_local(self.at(path), chunks, direct)
             return
-        file = self._fs.open(self.at(path), "wb", block_size=_UPLOAD_BYTES)
-        try:
-            for chunk in chunks:
-                file.write(chunk)
-        except BaseException:
-            with contextlib.suppress(Exception):
-                file.discard()  # closing would publish a part
-            raise
-        file.close()
+        with _said_as_oserror():
+            file = self._fs.open(self.at(path), "wb", block_size=_UPLOAD_BYTES)
+            try:
+                for chunk in map(memoryview, chunks):
+                    for start in range(0, len(chunk), _UPLOAD_BYTES):  # what comes at once becomes one part
+                        file.write(chunk[start : start + _UPLOAD_BYTES])
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    file.discard()  # closing would publish a part
+                raise
+            file.close()
 
     def create(self, path: str, data: bytes) -> bool:
         """Write a small file unless there is one; whether it was written by this call."""
@@ -106,7 +109,8 @@ class Store:
                     os.fsync(file.fileno())
                 _sync(Path(self.at(path)).parent)
             else:
-                self._fs.pipe_file(self.at(path), data, mode="create")
+                with _said_as_oserror():
+                    self._fs.pipe_file(self.at(path), data, mode="create")
         except FileExistsError:
             return False
         return True
@@ -130,18 +134,18 @@ class Store:
                 yield DirectFile(local) if large and not is_cached(local.fileno()) else local
             return
         self._fs.invalidate_cache()
-        with self._fs.open(self.at(path), "rb") as file:
+        with _said_as_oserror(), self._fs.open(self.at(path), "rb") as file:
             yield file
 
     def remove(self, path: str) -> None:
         """Delete a file, if it is there."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), _said_as_oserror():
             self._fs.rm_file(self.at(path))
 
     def remove_folder(self, folder: str, *, first: str) -> None:
         """Delete a folder with its files, if it is there; `first` goes before the others."""
         self.remove(f"{folder}/{first}")
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), _said_as_oserror():
             self._fs.rm(self.at(folder), recursive=True)
 
     def _write_local(self, path: str, chunks: Iterable[Bytes], direct: bool) -> None:
@@ -156,6 +160,17 @@ class Store:
             with contextlib.suppress(OSError):
                 os.unlink(partial)
             raise
+
+
+@contextlib.contextmanager
+def _said_as_oserror() -> Iterator[None]:
+    """Clients of object stores have exceptions of their own: for credentials that are missing, say."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] in ("builtins", "stretto"):
+            raise
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def _sizes(entries: Iterator[os.DirEntry[str]]) -> Iterator[tuple[str, int]]:
