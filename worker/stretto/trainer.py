@@ -26,7 +26,7 @@ from stretto.membership import open_membership
 from stretto.position import Position
 from stretto.progress_report import StepFigures
 from stretto.rules import Rule
-from stretto.sample_log import SampleRecord
+from stretto.sample_record import SampleRecord
 from stretto.sampler import ElasticSampler
 from stretto.saver import Saver
 from stretto.schedule import LrAt
