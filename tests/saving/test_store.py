@@ -57,3 +57,20 @@ def test_file_systems_without_direct_writes_take_them_all_the_same() -> None:
     finally:
         (folder / "file").unlink(missing_ok=True)
         folder.rmdir()
+
+
+def test_large_files_are_read_whole_from_anywhere_whether_cached_or_not(tmp_path: Path) -> None:
+    store, data = Store(tmp_path), _bytes(3 * (1 << 20) + 5)
+    store.write("file", [data], direct=True)
+    for _ in range(2):  # nobody has read it yet; then the page cache has it
+        assert store.read("file") == data
+        with store.open("file") as file:
+            for place in (0, 7, 2 * (1 << 20) - 1, len(data) - 3, PAGE):
+                file.seek(place)
+                buffer = memoryview(bytearray(100_000))
+                count = file.readinto(buffer)  # type: ignore[attr-defined]  # every binary file has it
+                assert count
+                assert buffer[:count] == data[place : place + count]
+            file.seek(len(data))
+            assert not file.read(1)
+        (tmp_path / "file").read_bytes()

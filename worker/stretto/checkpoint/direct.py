@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 _ALIGNED = 4096  # memory, place in the file, and length
 _SCRATCH_BYTES = 2 << 20
+_REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)  # memory or place do not suit, or the file system cannot do it
 
 
 def append(descriptor: int, view: memoryview, direct: bool) -> None:
@@ -25,7 +26,7 @@ def append(descriptor: int, view: memoryview, direct: bool) -> None:
         try:
             count = os.write(descriptor, view[:whole] if direct else view)
         except OSError as error:
-            if not direct or error.errno != errno.EINVAL:
+            if not direct or error.errno not in _REFUSALS:
                 raise
             direct = _set_direct(descriptor, False)
             continue
@@ -48,7 +49,7 @@ def is_cached(descriptor: int) -> bool:
     return True
 
 
-class DirectFile(io.RawIOBase, BinaryIO):  # type: ignore[misc]  # RawIOBase has all of it, with other annotations
+class DirectFile(io.RawIOBase, BinaryIO):
     """Reads a file that somebody else opened, and closes; through the page cache where it cannot be otherwise."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -76,7 +77,7 @@ class DirectFile(io.RawIOBase, BinaryIO):  # type: ignore[misc]  # RawIOBase has
         try:
             return os.preadv(self._descriptor, [self._scratch], self._begin)
         except OSError as error:
-            if not self._direct or error.errno != errno.EINVAL:
+            if not self._direct or error.errno not in _REFUSALS:
                 raise
             self._direct = _set_direct(self._descriptor, False)
             return os.preadv(self._descriptor, [self._scratch], self._begin)

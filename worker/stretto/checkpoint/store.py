@@ -90,9 +90,9 @@ class Store:
         with _said_as_oserror():
             file = self._fs.open(self.at(path), "wb", block_size=_UPLOAD_BYTES)
             try:
-                for chunk in map(memoryview, chunks):
+                for chunk in chunks:
                     for start in range(0, len(chunk), _UPLOAD_BYTES):  # what comes at once becomes one part
-                        file.write(chunk[start : start + _UPLOAD_BYTES])
+                        file.write(memoryview(chunk)[start : start + _UPLOAD_BYTES])
             except BaseException:
                 with contextlib.suppress(Exception):
                     file.discard()  # closing would publish a part
