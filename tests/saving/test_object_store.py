@@ -151,9 +151,10 @@ def test_credentials_that_are_missing_are_said_to_be(bucket: Bucket, monkeypatch
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(CheckpointFailed, match=r"no checkpoint of step 2: .*Unable to locate credentials"):
         Checkpointer(URL).save({"x": 2}, step=2)
-    for attempt in (lambda: Checkpointer(URL).load_latest({"x": None}), lambda: Checkpointer(URL).fence(3)):
-        with pytest.raises(CheckpointFailed, match="Unable to locate credentials"):
-            attempt()
+    with pytest.raises(CheckpointFailed, match="Unable to locate credentials"):
+        Checkpointer(URL).load_latest({"x": None})
+    with pytest.raises(CheckpointFailed, match="Unable to locate credentials"):
+        Checkpointer(URL).fence(3)
     assert len([key for key in bucket.objects() if key.endswith("manifest.json")]) == 1
 
 

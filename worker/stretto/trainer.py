@@ -175,7 +175,9 @@ class ElasticTrainer:
         """
         if isinstance(self._membership, LiveSession):
             self._membership.save_soon()
-        elif self._world.meet(f"save-{self._position.step}", self._settings.save_meeting_s):
+            return
+        assert isinstance(self._world, World), "there is one for good"
+        if self._world.meet(f"save-{self._position.step}", self._settings.save_meeting_s):
             self._save(wait=True)
         else:
             _log.warning("not all ranks called save() after step %d: it follows the next step", self._position.step)
