@@ -173,7 +173,7 @@ class Runner:
             _log.debug("job %s: a closed stream was not noted: %s", name, rejection.message)
 
     async def settled(self, name: str) -> None:
-        """Wait until every decision on the job so far is saved. Raises Unavailable when one cannot be."""
+        """Wait until every decision on the job so far is saved and shown. Raises Unavailable when one cannot be."""
         saved = self._saves.get(name)
         if saved is not None:
             # Shielded: the save goes on when the one who waits for it is cancelled.
@@ -181,6 +181,9 @@ class Runner:
                 await asyncio.shield(saved)
             except StoreError as error:
                 raise Unavailable(str(error)) from error
+        if self.failure is not None or not self._store.leads():
+            # It may be saved. It is not shown here: an answer would tell of the job as it was before.
+            raise self._unavailable()
 
     def views(self) -> list[JobView]:
         """Every job, by name."""

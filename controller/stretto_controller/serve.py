@@ -15,7 +15,7 @@ from pathlib import Path
 
 from stretto_controller.auth.certificates import Certificates
 from stretto_controller.auth.tokens import Tokens
-from stretto_controller.runner import Runner
+from stretto_controller.runner import Runner, Unavailable
 from stretto_controller.service.server import GrpcServer, address
 from stretto_controller.settings import Settings, is_wildcard
 from stretto_controller.store.choice import open_store
@@ -124,6 +124,10 @@ async def take_part(store: Store, runner: Runner, me: Callable[[], Leader], *, a
         if store.leads() and not again:
             raise
         await asyncio.sleep(_REFUSED_PAUSE_S)
+        runner.lose(str(error))
+        return
+    except Unavailable as error:
+        # This process was stopped for longer than its lease while it began.
         runner.lose(str(error))
         return
     if store.leader.grpc_address:

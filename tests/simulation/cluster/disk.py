@@ -1,4 +1,4 @@
-"""The default store on the fake clock: the real tables, in memory, and a writer that can be killed between any two steps."""
+"""The default store on the fake clock: the real tables, in memory, and a writer that dies between any two steps."""
 
 from __future__ import annotations
 

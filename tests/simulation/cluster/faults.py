@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from simulation.cluster.invariants import PREFIX
+from simulation.cluster.invariants import LEASE_S, PREFIX
 from simulation.cluster.members import MEMBERS
 from simulation.cluster.nodes import Node
 from stretto_controller.store.etcd.layout import Keys
@@ -39,7 +39,12 @@ class Faults:
         """Draw the faults. Schedules differ in kind, too: each has only some of all kinds."""
         world, rng, setup = self.world, self.world.rng, self.world.setup
         of_controllers: list[Callable[[Process], None]] = [self._kill]
-        elsewhere: list[Callable[[], None]] = [self._fail_workers, self._fail_workers, self._break_stream, self._come_or_go]
+        elsewhere: list[Callable[[], None]] = [
+            self._fail_workers,
+            self._fail_workers,
+            self._break_stream,
+            self._come_or_go,
+        ]
         if setup.etcd:
             of_controllers += [self._kill, self._freeze, self._freeze, self._cut_from_etcd, self._cut_from_clients]
             of_controllers += [self._end_lease, self._cut_from_member]
@@ -105,8 +110,10 @@ class Faults:
             kind()
 
     def _later(self, call: Callable[[], None]) -> None:
+        """For a moment, for about as long as a lease lives, or for long."""
         rng = self.world.rng
-        self.world.scheduler.after(rng.choice((rng.uniform(0.05, 1.0), rng.uniform(1.0, 4.0), rng.uniform(3.0, 8.0))), call)
+        delays_s = rng.uniform(0.05, 1.0), rng.uniform(LEASE_S - 1.0, LEASE_S + 1.5), rng.uniform(3.0, 8.0)
+        self.world.scheduler.after(rng.choice(delays_s), call)
 
     def _blamed(self, process: Process) -> None:
         """Until now nobody could know that this one would not decide."""
@@ -142,6 +149,9 @@ class Faults:
         self._blamed(process)
         for member in members:
             self.world.members.cut[process.number, member] += 1
+        # Agents that come back then are answered by who leads, or by who believes that it does.
+        for _ in range(self.world.rng.choice((0, 1, 3))):
+            self.world.scheduler.after(LEASE_S + self.world.rng.uniform(-1.0, 1.5), self._happen, self._break_stream)
         self._later(partial(self._reach_again, process, members))
 
     def _reach_again(self, process: Process, members: range | list[int]) -> None:
@@ -167,6 +177,7 @@ class Faults:
             self.counts["lease revoked"] += 1
             self.world.say("faults", "lease %d is revoked", leader.lease)
             self._blamed(process)
+            self.world.invariants.revoked.add(leader.create_revision)
             self.world.members.keyspace.revoke(leader.lease)
 
     def _kill_member(self) -> None:

@@ -6,6 +6,7 @@ done twice; a new leader decides within the lease's time and a second.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from simulation.cluster.keyspace import Write
@@ -45,6 +46,8 @@ class Invariants:
         self.writes = 0
         # What breaks inside a callback that may not raise is raised by `World`.
         self.broken: str | None = None
+        # Terms that somebody ended by force.
+        self.revoked: set[int] = set()
         self._term = 0
         self._requests: set[bytes] = set()
         self._sequences: dict[int, str] = {}
@@ -151,7 +154,8 @@ class Invariants:
         leader = self.world.members.keyspace.value(_KEYS.leader)
         mine = store._election.create_revision
         self.require(
-            leader is not None and leader.create_revision == mine,
+            # Whose lease was revoked cannot know before its next write, which is refused.
+            mine in self.revoked or (leader is not None and leader.create_revision == mine),
             f"c{process.number} speaks in term {mine}, and the lead is {leader.create_revision if leader else 'free'}",
         )
 
@@ -239,13 +243,14 @@ class Invariants:
 
     def _kept(self, person: Person, nodes: int | None) -> None:
         self.require(
-            nodes in person.possible, f"{person.job} wants {nodes}; acknowledged was {sorted(map(str, person.possible))}"
+            nodes in person.possible,
+            f"{person.job} wants {nodes}; acknowledged was {sorted(map(str, person.possible))}",
         )
 
     def _scales(self, job: str, reasons: list[str]) -> None:
         """Each scaling begins where the one before ended: none was lost, none was done twice."""
         changes = [(int(words[0]), int(words[-1])) for words in (reason.split() for reason in reasons)]
-        for (wanted, _), (_, instead) in zip(changes, changes[1:], strict=False):
+        for (wanted, _), (_, instead) in pairwise(changes):
             self.require(instead == wanted, f"{job} was scaled to {wanted}, and then from {instead}")
 
     def _stored(self) -> Stored:

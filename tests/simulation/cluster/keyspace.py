@@ -1,6 +1,7 @@
-"""etcd's keys as one linearizable machine: revisions, transactions, leases, watches and compaction. Time is an argument.
+"""etcd's keys as one linearizable machine: revisions, transactions, leases, watches and compaction.
 
-What a request does, it does at once and whole; what networks and members do to requests and answers is `members`'s.
+Time is an argument. What a request does, it does at once and whole; what networks and members do to requests and to
+answers is in `members`.
 """
 
 from __future__ import annotations
@@ -65,9 +66,7 @@ class Keyspace:
         if not request.key:
             raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "etcdserver: key is not provided")
         if 0 < request.revision < self.compacted:
-            raise Refused(
-                grpc.StatusCode.OUT_OF_RANGE, "etcdserver: mvcc: required revision has been compacted"
-            )
+            raise Refused(grpc.StatusCode.OUT_OF_RANGE, "etcdserver: mvcc: required revision has been compacted")
         pairs = self._now if not request.revision else self._at(request.revision)
         keys = sorted(_within(pairs, request.key, request.range_end))
         shown = keys[: request.limit] if request.limit else keys
@@ -77,7 +76,13 @@ class Keyspace:
 
     def events(self, key: bytes, first: int) -> list[tuple[int, etcd.EtcdEvent]]:
         """Changes of one key from that revision on."""
-        return [(revision, event) for revision, event in self._log if revision >= first and event.kv.key == key]
+        found = []
+        for revision, event in reversed(self._log):
+            if revision < first:
+                break
+            if event.kv.key == key:
+                found.append((revision, event))
+        return found[::-1]
 
     def _at(self, revision: int) -> dict[bytes, etcd.EtcdKeyValue]:
         """The keys as they were: the changes since are taken back, newest first."""

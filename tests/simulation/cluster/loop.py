@@ -1,4 +1,4 @@
-"""asyncio on the fake clock: one event loop per simulated process, which can be frozen and killed between any two calls."""
+"""asyncio on the fake clock: an event loop per simulated process, which can be frozen and killed between two calls."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from asyncio import events
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextvars import Context
-from typing import Any
+from typing import Any, cast
 
 from simulation.scheduler import Scheduler
 
@@ -15,7 +15,7 @@ from simulation.scheduler import Scheduler
 _BURIAL_ROUNDS = 20
 
 
-class ProcessLoop(asyncio.AbstractEventLoop):
+class ProcessLoop:
     """What asyncio needs of a loop, on a `Scheduler`.
 
     work_s: how long what the process gives to a thread takes. broken: is told of exceptions that nobody catches.
@@ -24,13 +24,13 @@ class ProcessLoop(asyncio.AbstractEventLoop):
     # Killed: nothing more is called.
     dead = False
 
-    def __init__(
-        self, scheduler: Scheduler, *, work_s: Callable[[], float], broken: Callable[[str], None]
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, *, work_s: Callable[[], float], broken: Callable[[str], None]) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
-        # Calls of a process that is being buried; None before.
-        self._last_calls: deque[events.Handle] | None = None
+        # What was due when the process died, and what comes of it; run when it is buried.
+        self._last_calls: deque[events.Handle] = deque()
+        self._buried = False
         self._scheduler = scheduler
+        self._loop = cast(asyncio.AbstractEventLoop, self)
         self._work_s = work_s
         self._broken = broken
         # What came due while the process was frozen; None while it is not.
@@ -51,21 +51,29 @@ class ProcessLoop(asyncio.AbstractEventLoop):
 
     def bury(self) -> None:
         """After its death: let its coroutines end without effect, or they would complain when they are collected."""
-        self.dead, self._last_calls = True, deque()
+        assert self.dead, "a process that lives is not buried"
+        self._buried = True
+        self._last_calls.extend(self._held or ())
         for _ in range(_BURIAL_ROUNDS):
             if not self._tasks:
                 break
             for task in self._tasks:
                 task.cancel()
             while self._last_calls:
-                self._call(self._last_calls.popleft())
+                handle = self._last_calls.popleft()
+                if not handle.cancelled():
+                    self._call(handle)
 
     def run(self, call: Callable[[], object]) -> None:
         """Have something from outside happen in this process, such as a message that arrives."""
         self.call_soon(call)
 
     def _run(self, handle: events.Handle) -> None:
-        if self.dead or handle.cancelled():
+        if handle.cancelled():
+            return
+        if self.dead:
+            if not isinstance(handle, events.TimerHandle):
+                self._last_calls.append(handle)
             return
         if self._held is not None:
             self._held.append(handle)
@@ -73,7 +81,7 @@ class ProcessLoop(asyncio.AbstractEventLoop):
         self._call(handle)
 
     def _call(self, handle: events.Handle) -> None:
-        events._set_running_loop(self)
+        events._set_running_loop(self._loop)
         try:
             handle._run()
         finally:
@@ -85,8 +93,8 @@ class ProcessLoop(asyncio.AbstractEventLoop):
         return self._scheduler.now_s
 
     def call_soon(self, callback: Any, *args: Any, context: Context | None = None) -> events.Handle:
-        handle = events.Handle(callback, args, self, context)
-        if self._last_calls is not None:
+        handle = events.Handle(callback, args, self._loop, context)
+        if self._buried:
             self._last_calls.append(handle)
         else:
             self._scheduler.after(0.0, self._run, handle)
@@ -104,17 +112,17 @@ class ProcessLoop(asyncio.AbstractEventLoop):
         """It is passed over when its time comes."""
 
     def create_future(self) -> asyncio.Future[Any]:
-        return asyncio.Future(loop=self)
+        return asyncio.Future(loop=self._loop)
 
-    def create_task(self, coro: Coroutine[Any, Any, Any], **how: Any) -> asyncio.Task[Any]:  # type: ignore[override]  # fewer options
-        task = asyncio.Task(coro, loop=self, **how)
+    def create_task(self, coro: Coroutine[Any, Any, Any], **how: Any) -> asyncio.Task[Any]:
+        task = asyncio.Task(coro, loop=self._loop, **how)
         # A process that is killed leaves its tasks as they are.
         task._log_destroy_pending = False  # type: ignore[attr-defined]  # asyncio's own switch for that
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:  # type: ignore[override]  # as asyncio's own
+    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
         done = self.create_future()
 
         def finish() -> None:

@@ -82,10 +82,9 @@ class Node:
         if self.welcomed:
             self._say(heartbeat=rendezvous.NodeHeartbeat(generation=self.generation))
             process = self.world.processes[self._target]
-            if process.cut_off or process.frozen:
-                # What keepalive notices in reality, sooner or later.
-                if self.world.rng.random() < 0.4:
-                    self.break_stream()
+            # What keepalive notices in reality, sooner or later.
+            if (process.cut_off or process.frozen) and self.world.rng.random() < 0.4:
+                self.break_stream()
         self.world.scheduler.after(_HEARTBEAT_S, self._beat)
 
     # -- what it says and hears
@@ -104,7 +103,7 @@ class Node:
             self._call.close()
 
     def _say(self, **body: Any) -> None:
-        if self._call is not None and self.welcomed:
+        if self._call is not None:
             self._call.send(rendezvous.AttendRequest(**body))
 
     def _hello(self) -> rendezvous.NodeHello:
@@ -113,10 +112,12 @@ class Node:
             protocol_version=1,
             job=JOB,
             node_id=self.node_id,
-            node_key=f"the-key-of-{self.node_id}",
+            node_key=f"the-secret-key-of-{self.node_id}",
             slots=1,
             address="10.0.0.1",
-            spec=types.JobSpec(min_nodes=setup.min_nodes, max_nodes=setup.max_nodes, mode=types.RECONFIGURE_MODE_RESTART),
+            spec=types.JobSpec(
+                min_nodes=setup.min_nodes, max_nodes=setup.max_nodes, mode=types.RECONFIGURE_MODE_RESTART
+            ),
             generation=self.generation if self.answered else 0,
         )
         if not self.answered:

@@ -32,8 +32,9 @@ class Person:
         self.world = world
         self.job = f"job{number}"
         self.possible: set[Standing] = {None}
-        # What the job was seen to be after everything had healed.
+        # It was looked at after everything had healed.
         self.seen_last = False
+        self.answers = 0
         self._numbers = itertools.count(2)
         self._target = world.rng.randrange(len(world.processes))
         self._request = 0
@@ -57,8 +58,8 @@ class Person:
             self._look()
         else:
             nodes = next(self._numbers)
-            request = jobs.ScaleJobRequest(job=self.job, nodes=nodes)
-            self._ask("ScaleJob", request, lambda standing: None if standing is None else nodes)
+            scale = jobs.ScaleJobRequest(job=self.job, nodes=nodes)
+            self._ask("ScaleJob", scale, lambda standing: None if standing is None else nodes)
 
     def _look(self) -> None:
         self._ask("GetJob", jobs.GetJobRequest(job=self.job), None)
@@ -91,11 +92,14 @@ class Person:
 
     def _answered(self, method: str, message: Any, effect: Callable[[Standing], Standing] | None) -> None:
         self.world.say(self.job, "%s is answered", method)
+        self.answers += 1
         if effect is None:
             self._saw(message.job.desired_nodes)
         else:
             self.possible = {effect(standing) for standing in self.possible if self._could(method, standing)}
-            self.world.invariants.require(bool(self.possible), f"{self.job}: {method} was answered, and cannot have been")
+            self.world.invariants.require(
+                bool(self.possible), f"{self.job}: {method} was answered, and cannot have been"
+            )
             if method != "DeleteJob":
                 self.world.invariants.require(
                     {message.job.desired_nodes} == self.possible,
@@ -134,7 +138,8 @@ class Person:
 
     def _saw(self, standing: Standing) -> None:
         self.world.invariants.require(
-            standing in self.possible, f"{self.job} was seen at {standing}; acknowledged was {sorted(map(str, self.possible))}"
+            standing in self.possible,
+            f"{self.job} was seen at {standing}; acknowledged was {sorted(map(str, self.possible))}",
         )
         self.seen_last = self.world.faults.over
 

@@ -19,7 +19,7 @@ from stretto_controller.service.streaming import Identity, NodePeer
 from stretto_controller.service.streams import Conversation
 from stretto_controller.sessions import Stopping
 from stretto_controller.settings import EtcdSettings
-from stretto_controller.store.contents import Leader, Store, StoreError
+from stretto_controller.store.contents import Leader, Save, Store, StoreError
 from stretto_controller.store.etcd.connection import Connection
 from stretto_controller.store.etcd.store import EtcdStore
 from stretto_proto.v1 import types_pb2 as types
@@ -104,7 +104,7 @@ class Call:
             self.process.world.faults.moment("told", self.process.number)
             self._deliver(1, self._hear, message)
 
-    async def abort(self, code: grpc.StatusCode, message: str, metadata: Any) -> None:
+    async def abort(self, code: grpc.StatusCode, message: str, metadata: Any = ()) -> None:
         self.process.world.say(f"c{self.process.number}", "answers %s: %s", code.name, message)
         leader = next((types.Leader.FromString(value) for key, value in metadata if key == LEADER_KEY), types.Leader())
         if self.alive:
@@ -201,7 +201,8 @@ class Process:
         self.life += 1
         for call in calls:
             call.end(grpc.StatusCode.UNAVAILABLE)
-        self.world.scheduler.after(0.0, self.loop.bury)
+        # Not before the call that is under way, if it is this process's own, has come to its end.
+        self.world.scheduler.after(0.0, self.world.scheduler.after, 0.0, self.loop.bury)
 
     def freeze(self) -> None:
         self.world.say(f"c{self.number}", "is frozen")
@@ -291,10 +292,10 @@ class Process:
             connection=connection,
             now_s=lambda: world.scheduler.now_s,
         )
-        save = store.save
+        keep = store.save
 
-        def noted(asked: Any) -> asyncio.Future[None]:
-            saved = save(asked)
+        def noted(save: Save) -> asyncio.Future[None]:
+            saved = keep(save)
             if alive():
                 world.faults.moment("decided", self.number)
             return saved

@@ -1,4 +1,4 @@
-"""One schedule of several controllers on etcd, or of one on a disk: everything joined by one clock and one random source."""
+"""One schedule of several controllers on etcd, or of one on a disk, joined by one clock and one random source."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from simulation.cluster.faults import Faults
 from simulation.cluster.invariants import Broken, Invariants
 from simulation.cluster.members import Members
+from simulation.cluster.nodes import Node
 from simulation.cluster.people import Person
 from simulation.cluster.process import Process
-from simulation.cluster.nodes import Node
 from simulation.scheduler import Scheduler
 from simulation.setup import SHORT
 from stretto_controller.core.limits import Limits
@@ -83,9 +83,7 @@ class World:
         self.faults = Faults(self)
         self.members = Members(self)
         service = self.setup.service
-        self.disk = Database(
-            ":memory:", kept_events=service.kept_events, kept_generations=service.kept_generations
-        )
+        self.disk = Database(":memory:", kept_events=service.kept_events, kept_generations=service.kept_generations)
         self.processes = [Process(self, number) for number in range(_CONTROLLERS if self.setup.etcd else 1)]
         self.nodes: list[Node] = []
         self.people: list[Person] = []
@@ -132,7 +130,8 @@ class World:
         """Nobody has anything to say any more."""
         for process in self.processes:
             process.kill()
-            process.loop.bury()
+        # Those who were killed are buried.
+        self.scheduler.run(self.scheduler.now_s)
         self.disk.close()
 
     def _until(self, end_s: float) -> None:
