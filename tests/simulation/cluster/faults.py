@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 MOMENTS = ("decided", "applied", "told")
 _AMBUSHES = 0.5
+# So many schedules have a chain of faults as well, of those that thin faults of ours would survive otherwise.
+_CHAINS = 0.3
 _NODE_LIMIT = 6
 
 
@@ -58,6 +60,8 @@ class Faults:
                 world.scheduler.after(rng.uniform(0.5, setup.active_s), self._strike, rng.choice(kinds))
             else:
                 world.scheduler.after(rng.uniform(0.5, setup.active_s), self._happen, rng.choice(others))
+        if setup.etcd and rng.random() < _CHAINS:
+            rng.choice((self._watches_fall_behind, self._agents_return_to_a_leader_cut_off))()
         # Generations change for reasons of their own, too.
         for _ in range(rng.randint(1, 6)):
             world.scheduler.after(rng.uniform(1.0, setup.active_s), self._happen, self._fail_workers)
@@ -94,6 +98,47 @@ class Faults:
     def join(self) -> None:
         self._nodes += 1
         self.world.nodes.append(Node(self.world, f"n{self._nodes}"))
+
+    # -- chains
+
+    def _watches_fall_behind(self) -> None:
+        """etcd is compacted and restarted, so that every watch asks for what is gone; later the leader dies."""
+        world, begins_s = self.world, self.world.rng.uniform(2.0, 4.0)
+        world.setup.active_s = max(world.setup.active_s, begins_s + 18.0)
+
+        def restart() -> None:
+            self._compact()
+            for member in range(MEMBERS):
+                world.members.kill(member)
+                world.scheduler.after(0.2, world.members.start, member)
+
+        def kill() -> None:
+            for process in world.processes:
+                if process.ready and not self.over:
+                    self._blamed(process)
+                    process.kill()
+                    world.scheduler.after(9.0, process.start)
+
+        world.scheduler.after(begins_s, self._happen, restart)
+        world.scheduler.after(begins_s + 7.0, self._happen, kill)
+
+    def _agents_return_to_a_leader_cut_off(self) -> None:
+        """It believes in its lease as long as it may; whoever comes then is answered, or told to ask another."""
+        world, rng = self.world, self.world.rng
+        begins_s = rng.uniform(2.0, world.setup.active_s - LEASE_S - 2.0)
+
+        def cut() -> None:
+            for process in world.processes:
+                if process.ready:
+                    self._cut(process, range(MEMBERS))
+
+        def come_back() -> None:
+            for node in world.nodes:
+                node.break_stream()
+
+        world.scheduler.after(begins_s, self._happen, cut)
+        for _ in range(4):
+            world.scheduler.after(begins_s + LEASE_S + rng.uniform(-0.5, 1.0), self._happen, come_back)
 
     # -- the kinds of faults
 

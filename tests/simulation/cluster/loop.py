@@ -101,7 +101,7 @@ class ProcessLoop:
         return handle
 
     def call_at(self, when: float, callback: Any, *args: Any, context: Context | None = None) -> events.TimerHandle:
-        handle = events.TimerHandle(when, callback, args, self, context)
+        handle = events.TimerHandle(when, callback, args, self._loop, context)
         self._scheduler.after(max(0.0, when - self._scheduler.now_s), self._run, handle)
         return handle
 
