@@ -26,7 +26,7 @@ POINTS: dict[str, tuple[Any, str, bool]] = {
     "written, nobody told": (Database, "commit", False),
     "about to be sent": (Sessions, "send", True),
     "queued for its stream": (Sessions, "send", False),
-    "a stream's end": (Conversation, "serve", True),
+    "an agent comes": (Conversation, "serve", True),
 }
 
 
