@@ -52,7 +52,7 @@ class ClusterChaos:
     def once(self) -> str:
         """One fault, drawn from those that are possible now; its name."""
         faults = [self.leader_dies, self.leader_dies, self.leader_freezes, self.leader_freezes, self.controller_dies]
-        faults += [self.compaction, self.worker_dies]
+        faults += [self.compaction, self.worker_dies, self.worker_dies, self.worker_dies]
         if not self._members_away:
             faults += [self.member_dies, self.etcd_leader_dies, self.member_freezes, self.etcd_leader_freezes]
             faults += [self.etcd_restarts]

@@ -25,7 +25,7 @@ REGISTER = "register"
 TRAINING = "job"
 MOST_NODES = 4000
 _SPEC = types.JobSpec(min_nodes=1, max_nodes=MOST_NODES, mode=types.RECONFIGURE_MODE_RESTART)
-_PAUSE_S = 0.2
+_PAUSE_S = 0.1
 
 
 class People:
