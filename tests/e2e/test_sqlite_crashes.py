@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -46,18 +48,19 @@ class Asking:
         self._thread.join()
 
     def _ask(self) -> None:
-        nodes = 1
-        while not self._stop.is_set():
-            try:
-                self._client.scale("register", nodes)
-            except Retry:
-                self._stop.wait(0.02)
-            except StrettoError as error:
-                self.error = error
+        for nodes in itertools.count(1):
+            while True:
+                try:
+                    self._client.scale("register", nodes)
+                    break
+                except Retry:
+                    time.sleep(0.02)
+                except StrettoError as error:
+                    self.error = error
+                    return
+            self.acknowledged.append(nodes)
+            if self._stop.is_set():
                 return
-            else:
-                self.acknowledged.append(nodes)
-                nodes += 1
 
 
 def test_a_controller_that_dies_between_any_two_steps_keeps_its_word(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ Liveness     When the faults have ended the job trains to its end, or rests in a
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import TYPE_CHECKING
 
@@ -101,8 +102,9 @@ class Invariants(Ledger):
             self._what_is_paused_is_saved(before, state)
         if state.record.phase.finished and not self.job_has_ended:
             self.job_has_ended = True
-            nodes = state.record.nodes
-            self._members_at_end = [agent for agent in world.agents if agent.alive and agent.node_id in nodes]
+            # A newer agent under a known name has not been heard yet: it begins the name anew.
+            known = {node.key_hash for node in state.record.nodes.values()}
+            self._members_at_end = [agent for agent in world.agents if agent.alive and _key_hash(agent) in known]
         ends = state.record.target_reached or state.record.phase is Phase.SUCCEEDED
         if ends and (before is None or not (before.record.target_reached or before.record.phase.finished)):
             require(
@@ -339,3 +341,7 @@ class Invariants(Ledger):
         """The job has ended, and so have its agents."""
         left = [agent.name for agent in self._members_at_end if agent.alive]
         require(not left, "the job has ended, but not its agents %s", left)
+
+
+def _key_hash(agent: Agent) -> str:
+    return hashlib.sha256(agent.key.encode()).hexdigest()
