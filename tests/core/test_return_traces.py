@@ -68,6 +68,22 @@ def live_a_dismissed_agent_that_missed_the_word_is_told_again() -> Story:
 
 
 @STORIES.tell
+def live_who_was_sent_home_does_not_begin_the_finished_job_anew() -> Story:
+    """The word was lost; when it comes back the others have reached the target, and then the name is used again."""
+    s = _two_at_step_10()
+    s.tell(ev.DrainRequested("n1"), "drain n1, says a user")
+    s.asks("n0/0", "n1/0", step=12)
+    s.tell(ev.StreamClosed("n1", s.agents["n1"].session_id), "the stream of n1 closes before it hears of it")
+    s.tell(ev.WorkerFinished("n0/0", 2, 20, 20.0), "worker n0/0 reached the target")
+    s.succeeds("n0")
+    s.hello("n1")
+    s.hello("n2")
+    s.hello("n1")
+    s.hello("n0")
+    return s
+
+
+@STORIES.tell
 def live_a_pause_that_meets_a_failure_is_saved_first() -> Story:
     s = _two_at_step_10()
     s.asks("n0/0", step=10, failed=True)

@@ -35,6 +35,7 @@ from stretto_controller.core.model import JobState, NodeState, Phase
 from stretto_controller.core.report import Checkpoint
 
 if TYPE_CHECKING:
+    from simulation.agent import Agent
     from simulation.worker import Worker
 
 _FREQUENT = (ev.NodeHeartbeat, ev.WorkerAlive)

@@ -23,15 +23,16 @@ _SURE = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION, grpc.St
 
 
 class Person:
-    """One request at a time about one job. `possible`: every way in which it may stand, given what was answered.
+    """One request at a time about one job. `possible`: the ways in which it may stand, in the order of the requests.
 
     An answer makes a request certain. One that never came, or an error that leaves its outcome open, makes it possible.
+    What was seen stays so: the job never stands again as it did before.
     """
 
     def __init__(self, world: World, number: int) -> None:
         self.world = world
         self.job = f"job{number}"
-        self.possible: set[Standing] = {None}
+        self.possible: list[Standing] = [None]
         # It was looked at after everything had healed.
         self.seen_last = False
         self.answers = 0
@@ -47,14 +48,14 @@ class Person:
             self._look()
             return
         what = rng.random()
-        if self.possible == {None} or what < 0.1:
+        if self.possible == [None] or what < 0.1:
             nodes = next(self._numbers)
             spec = types.JobSpec(min_nodes=1, max_nodes=_MAX_NODES, mode=types.RECONFIGURE_MODE_RESTART)
             request = jobs.CreateJobRequest(job=self.job, spec=spec, desired_nodes=nodes)
             self._ask("CreateJob", request, lambda _: nodes)
-        elif what < 0.2:
+        elif what < 0.1 + self.world.setup.deletions:
             self._ask("DeleteJob", jobs.DeleteJobRequest(job=self.job), lambda _: None)
-        elif what < 0.35:
+        elif what < 0.6:
             self._look()
         else:
             nodes = next(self._numbers)
@@ -96,13 +97,13 @@ class Person:
         if effect is None:
             self._saw(message.job.desired_nodes)
         else:
-            self.possible = {effect(standing) for standing in self.possible if self._could(method, standing)}
+            self.possible = list({effect(standing) for standing in self.possible if self._could(method, standing)})
             self.world.invariants.require(
                 bool(self.possible), f"{self.job}: {method} was answered, and cannot have been"
             )
             if method != "DeleteJob":
                 self.world.invariants.require(
-                    {message.job.desired_nodes} == self.possible,
+                    [message.job.desired_nodes] == self.possible,
                     f"{self.job}: {method} was answered with {message.job.desired_nodes} nodes, not {self.possible}",
                 )
         self._later()
@@ -123,7 +124,7 @@ class Person:
                 # A creation, or a deletion, may still be on its way to the store.
                 self._saw(None)
             else:
-                self.possible = {None}
+                self.possible = [None]
         else:
             assert code is grpc.StatusCode.UNAVAILABLE, code
             self._open(effect)
@@ -134,13 +135,14 @@ class Person:
 
     def _open(self, effect: Callable[[Standing], Standing] | None) -> None:
         if effect is not None:
-            self.possible |= {effect(standing) for standing in self.possible}
+            self.possible += sorted({effect(standing) for standing in self.possible} - {None}, key=str) or [None]
 
     def _saw(self, standing: Standing) -> None:
         self.world.invariants.require(
             standing in self.possible,
             f"{self.job} was seen at {standing}; acknowledged was {sorted(map(str, self.possible))}",
         )
+        self.possible = self.possible[self.possible.index(standing) :]
         self.seen_last = self.world.faults.over
 
     def _later(self) -> None:

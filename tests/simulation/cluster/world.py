@@ -42,6 +42,8 @@ class Setup:
     delay_s: float
     # So many requests to etcd, and answers, are lost or late; then nobody is held to a time.
     lossy: float
+    # So many of people's requests are to delete their job.
+    deletions: float
     # Between a person's requests, at most.
     request_pause_s: float
     # Which of etcd's members each controller asks first.
@@ -64,6 +66,7 @@ class Setup:
             active_s=rng.choice((8.0, 12.0, 20.0)),
             delay_s=rng.choice((0.0005, 0.002, 0.015)),
             lossy=rng.choice((0.0, 0.0, 0.02, 0.1)),
+            deletions=rng.choice((0.02, 0.1, 0.3)),
             request_pause_s=rng.choice((0.1, 0.5, 2.0)),
             rotation=rng.choice((0, 0, 1, 2)),
         )
