@@ -74,6 +74,8 @@ class Runner:
         self._limits = limits
         self._clocks = clocks or Clocks()
         self._jobs: dict[str, Job] = {}
+        # Those that are forgotten as soon as that is saved. Until then they are shown.
+        self._forgotten: dict[str, Job] = {}
         self._last_sequence = 0
         self._running = False
         self._started = False
@@ -188,16 +190,21 @@ class Runner:
     def views(self) -> list[JobView]:
         """Every job, by name."""
         now_s = self._clocks.monotonic_s()
-        views = [self._jobs[name].view(now_s) for name in sorted(self._jobs)]
+        views = [self._view(name, now_s) for name in sorted(self._jobs.keys() | self._forgotten.keys())]
         return [view for view in views if view is not None]
 
     def view(self, name: str) -> JobView:
         """One job. Raises Rejected when there is none of this name."""
-        job = self._jobs.get(name)
-        view = job.view(self._clocks.monotonic_s()) if job else None
+        view = self._view(name, self._clocks.monotonic_s())
         if view is None:
             raise Rejected.not_found(f"there is no job {name!r}; `stretto jobs list` shows those that exist")
         return view
+
+    def _view(self, name: str, now_s: float) -> JobView | None:
+        """As far as it is saved: a name that is used again shows the job before it until then."""
+        found = (self._jobs.get(name), self._forgotten.get(name))
+        views = (job.view(now_s) for job in found if job is not None)
+        return next((view for view in views if view is not None), None)
 
     def news(self, name: str) -> asyncio.Event | None:
         """Set at the job's next event or end; None when there is no such job."""
@@ -239,6 +246,7 @@ class Runner:
             job.cancel_wake_up()
             job.state = None
             del self._jobs[job.name]
+            self._forgotten[job.name] = job
         job.releases.append(release)
         if forget or record_changed or release.events or release.generations or release.points:
             release.saved = self._save(
@@ -285,6 +293,8 @@ class Runner:
             self._log_reason(job, release)
             for action in release.actions:
                 self.sessions.send(job.name, action)
+                if isinstance(action, Forget) and self._forgotten.get(job.name) is job:
+                    del self._forgotten[job.name]
 
     def _fail(self, job: Job, error: BaseException) -> None:
         self.store_errors += 1

@@ -14,6 +14,7 @@ from simulation.mutations import Mutation
 from stretto_controller.core.actions import Assign
 from stretto_controller.ledger import Job, Release
 from stretto_controller.runner import Runner
+from stretto_controller.snapshot import JobView
 from stretto_controller.store.contents import Save, Stored
 from stretto_controller.store.database import Database
 from stretto_controller.store.etcd.connection import TXN, Connection, EtcdUnavailableError
@@ -162,6 +163,14 @@ def _unless_it_failed(_: Any) -> Any:
     return settled
 
 
+def _hides_at_once(_: Any) -> Any:
+    def view(self: Runner, name: str, now_s: float) -> JobView | None:
+        job = self._jobs.get(name)
+        return job.view(now_s) if job is not None else None
+
+    return view
+
+
 def _without_jobs(original: Any) -> Any:
     def start(self: Runner, stored: Stored) -> None:
         original(self, replace(stored, jobs=()))
@@ -216,6 +225,7 @@ MUTATIONS = {
     "speaks-unasked": Mutation(
         "nobody asks whether it leads before it speaks", Runner, "refuse_unless_leading", _nothing
     ),
+    "deleted-before-saved": Mutation("a deletion is seen before it is saved", Runner, "_view", _hides_at_once),
     "forgets-jobs": Mutation("a new leader knows no jobs", Runner, "start", _without_jobs),
     "numbers-anew-in-etcd": Mutation("event numbers begin again", Layout, "read", _numbers_anew),
     "numbers-anew-on-disk": Mutation("event numbers begin again", Database, "load", _numbers_anew),

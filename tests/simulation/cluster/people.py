@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # Never reached: each request asks for another number of nodes.
 _MAX_NODES = 4000
 _PATIENCE_S = 3.0
+# So often somebody looks at the job while a request is under way.
+_GLANCES = 0.4
 # How a job may stand: it is not there, or wants so many nodes.
 Standing = int | None
 _SURE = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.ALREADY_EXISTS)
@@ -39,6 +41,8 @@ class Person:
         self._numbers = itertools.count(2)
         self._target = world.rng.randrange(len(world.processes))
         self._request = 0
+        # The request that was seen to be done before it was answered.
+        self._seen_done = 0
         world.scheduler.after(world.rng.random() * 2.0, self.next)
 
     def next(self) -> None:
@@ -81,6 +85,8 @@ class Person:
 
         call = Call(process, answered, ended)
         call.open(process.ask(method, request))
+        if effect is not None and self.world.rng.random() < _GLANCES:
+            self.world.scheduler.after(self.world.rng.random(), self._glance, number, effect)
         self.world.scheduler.after(_PATIENCE_S, self._waits_no_longer, number, call, effect)
 
     def _waits_no_longer(self, number: int, call: Call, effect: Callable[[Standing], Standing] | None) -> None:
@@ -90,6 +96,25 @@ class Person:
             self._open(effect)
             self._target = (self._target + 1) % len(self.world.processes)
             self.next()
+
+    def _glance(self, number: int, effect: Callable[[Standing], Standing]) -> None:
+        """Look at the job while a request is under way: what is seen of it by then is done for good."""
+
+        def saw(standing: Standing) -> None:
+            if number != self._request:
+                return
+            if standing not in self.possible:
+                self._open(effect)
+                self._seen_done = number
+            self._saw(standing)
+
+        def ended(code: grpc.StatusCode, leader: str) -> None:
+            if code is grpc.StatusCode.NOT_FOUND:
+                saw(None)
+
+        process = self.world.processes[self._target]
+        call = Call(process, lambda message: saw(message.job.desired_nodes), ended)
+        call.open(process.ask("GetJob", jobs.GetJobRequest(job=self.job)))
 
     def _answered(self, method: str, message: Any, effect: Callable[[Standing], Standing] | None) -> None:
         self.world.say(self.job, "%s is answered", method)
@@ -110,7 +135,7 @@ class Person:
 
     def _could(self, method: str, standing: Standing) -> bool:
         """Whether a job that stands so has this answered well."""
-        return method == "CreateJob" or standing is not None
+        return self._seen_done == self._request - 1 or method == "CreateJob" or standing is not None
 
     def _refused(
         self, method: str, code: grpc.StatusCode, leader: str, effect: Callable[[Standing], Standing] | None
