@@ -104,8 +104,8 @@ class Invariants(Ledger):
         if state.record.phase.finished and not self.job_has_ended:
             self.job_has_ended = True
             # A newer agent under a known name has not been heard yet: it begins the name anew.
-            known = {node.key_hash for node in state.record.nodes.values()}
-            self._members_at_end = [agent for agent in world.agents if agent.alive and _key_hash(agent) in known]
+            keys = {node.key_hash for node in state.record.nodes.values()}
+            self._members_at_end = [agent for agent in world.agents if agent.alive and _key_hash(agent) in keys]
         ends = state.record.target_reached or state.record.phase is Phase.SUCCEEDED
         if ends and (before is None or not (before.record.target_reached or before.record.phase.finished)):
             require(
