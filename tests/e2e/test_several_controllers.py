@@ -13,14 +13,14 @@ import grpc
 import pytest
 from harness.controller import ControllerProcess
 from harness.controllers import SPEC, Agent, Controllers, eventually, readiness
-from harness.etcd import EtcdCluster, needs_etcd
+from harness.etcd import EtcdCluster
 from harness.line import Line
 from stretto.client import JobsClient
 from stretto_proto.v1 import jobs_pb2 as jobs
 from stretto_proto.v1 import types_pb2 as types
 from stretto_proto.v1.jobs_pb2_grpc import JobsStub
 
-pytestmark = [pytest.mark.e2e, needs_etcd]
+pytestmark = pytest.mark.e2e
 WAIT_S = 60.0
 
 

@@ -6,7 +6,6 @@ import base64
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import ssl
@@ -20,10 +19,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import pytest
 from stretto_controller.settings import EtcdSettings
 
 from harness.certificates import Authority
+from harness.installed import installed
 from harness.network import Network
 
 _START_LIMIT_S = 60.0
@@ -33,8 +32,6 @@ import sys, urllib.request
 url, content = sys.argv[1:]
 print(urllib.request.urlopen(urllib.request.Request(url, content.encode()), timeout=3).read().decode())
 """
-ETCD = shutil.which("etcd")
-needs_etcd = pytest.mark.skipif(ETCD is None, reason="needs etcd (Debian: etcd-server), and it is not installed")
 
 
 class EtcdCluster:
@@ -90,7 +87,6 @@ class EtcdCluster:
 
     def start(self, node: int) -> None:
         """Start a node, with what it stored before."""
-        assert ETCD is not None
         client, peer = self._client_ports[node], self._peer_ports[node]
         peers = ",".join(f"n{i}=http://{self._address(i)}:{port}" for i, port in enumerate(self._peer_ports))
         address = self._address(node)
@@ -98,7 +94,14 @@ class EtcdCluster:
         log = (self._directory / f"etcd{node}.log").open("ab")
         self._processes[node] = subprocess.Popen(
             [
-                *(*self._host(node), ETCD, "--name", f"n{node}", "--data-dir", str(self._directory / f"etcd{node}")),
+                *(
+                    *self._host(node),
+                    installed("etcd"),
+                    "--name",
+                    f"n{node}",
+                    "--data-dir",
+                    str(self._directory / f"etcd{node}"),
+                ),
                 *("--listen-client-urls", f"{self._scheme}://{address}:{client}"),
                 *("--advertise-client-urls", f"{self._scheme}://{address}:{client}"),
                 *("--listen-peer-urls", f"http://{address}:{peer}"),

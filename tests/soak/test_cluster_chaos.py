@@ -20,13 +20,13 @@ from typing import Any
 import pytest
 from harness.agents import Agents
 from harness.controller import ControllerProcess
-from harness.etcd import EtcdCluster, needs_etcd
+from harness.etcd import EtcdCluster
 from harness.live_job import LiveJob
 from harness.network import Network
 from soak.cluster_chaos import CONTROLLERS, MEMBERS, NODES, PEOPLE, ClusterChaos, leads_after_s
 from soak.people import MOST_NODES, REGISTER, TRAINING
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(0), needs_etcd]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(0)]
 
 # Half of it: what begins and ends the run takes a while, too.
 SOAK_S = min(300.0, 0.5 * float(os.environ.get("STRETTO_SOAK_S", "600")))

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import grpc
 import pytest
-from harness.certificates import OPENSSL, Authority, needs_openssl
-from harness.etcd import EtcdCluster, needs_etcd
+from harness.certificates import Authority
+from harness.etcd import EtcdCluster
+from harness.installed import installed
 from store.terms import ME, RECORD, WAIT_S, Watched, begin, eventually
 from stretto_controller.settings import EtcdSettings
 from stretto_controller.store.contents import Save, StoreError
 from stretto_controller.store.etcd.connection import RANGE, Connection, EtcdRefusedError, EtcdUnavailableError
 from stretto_controller.store.etcd.store import EtcdStore
 from stretto_proto.v1 import etcd_pb2 as etcd
-
-pytestmark = needs_etcd
 
 
 async def test_a_token_that_expires_is_replaced(tmp_path: Path, terms: list[EtcdStore]) -> None:
@@ -99,15 +98,13 @@ async def test_a_simple_token_that_nobody_used_for_its_ttl_is_replaced(tmp_path:
         terms.clear()
 
 
-@needs_openssl
 async def test_a_signed_token_that_has_expired_is_replaced(tmp_path: Path, terms: list[EtcdStore]) -> None:
-    assert OPENSSL is not None
     private, public = tmp_path / "jwt.key", tmp_path / "jwt.pub"
     for command in (
         ["genrsa", "-out", str(private), "2048"],
         ["rsa", "-in", str(private), "-pubout", "-out", str(public)],
     ):
-        subprocess.run([OPENSSL, *command], check=True, capture_output=True)
+        subprocess.run([installed("openssl"), *command], check=True, capture_output=True)
     signed = f"jwt,pub-key={public},priv-key={private},sign-method=RS256,ttl=2s"
     with EtcdCluster(tmp_path / "etcd", options=["--auth-token", signed]) as cluster:
         _secure(cluster)
@@ -123,7 +120,6 @@ async def test_a_signed_token_that_has_expired_is_replaced(tmp_path: Path, terms
         terms.clear()
 
 
-@needs_openssl
 async def test_tls_with_a_user_and_a_password(tmp_path: Path, terms: list[EtcdStore]) -> None:
     authority = Authority(tmp_path)
     with EtcdCluster(tmp_path / "etcd", 3, authority=authority) as cluster:
@@ -143,7 +139,6 @@ async def test_tls_with_a_user_and_a_password(tmp_path: Path, terms: list[EtcdSt
         await later.save(Save("c", RECORD))
 
 
-@needs_openssl
 async def test_a_certificate_of_another_authority_is_not_spoken_to(tmp_path: Path) -> None:
     authority, other = Authority(tmp_path), Authority(tmp_path, "other")
     with EtcdCluster(tmp_path / "etcd", authority=authority) as cluster:

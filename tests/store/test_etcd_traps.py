@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
-from harness.etcd import EtcdCluster, needs_etcd
+from harness.etcd import EtcdCluster
 from harness.line import Line
 from store.terms import ME, RECORD, WAIT_S, Watched, begin, eventually
 from stretto_controller.core.model import Record
@@ -30,8 +30,6 @@ from stretto_controller.store.etcd.connection import (
 )
 from stretto_controller.store.etcd.store import EtcdStore
 from stretto_proto.v1 import etcd_pb2 as etcd
-
-pytestmark = needs_etcd
 
 
 @pytest.fixture(scope="module")
