@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from stretto_controller.store.contents import Leader, Save, Stored, StoreError
 from stretto_controller.store.etcd.connection import RANGE, TXN, Connection, EtcdRefusedError, EtcdUnavailableError
 from stretto_controller.store.etcd.election import COMPARE_CREATE, Election
 from stretto_controller.store.etcd.layout import Keys, Layout, group_length, put
+
+_log = logging.getLogger("stretto.controller")
 
 _COMPARE_VALUE = 3
 _PAGE_LENGTH = 500
@@ -63,13 +66,15 @@ class EtcdStore:
 
     async def lead(self, me: Leader) -> None:
         """Wait for the lead. Raises StoreError when etcd refuses us: credentials, rights."""
-        try:
-            await self._connection.call(RANGE, etcd.EtcdRangeRequest(key=self._keys.leader))
-        except EtcdRefusedError as error:
-            raise StoreError(f"{error}; check etcd.user, etcd.password_file and the role's prefix") from error
-        except EtcdUnavailableError:
-            # The election goes on asking.
-            pass
+        while True:
+            try:
+                await self._connection.call(RANGE, etcd.EtcdRangeRequest(key=self._keys.leader))
+                break
+            except EtcdRefusedError as error:
+                raise StoreError(f"{error}; check etcd.user, etcd.password_file and the role's prefix") from error
+            except EtcdUnavailableError as error:
+                # Before etcd has answered once nobody can be chosen, and a refusal may still come.
+                _log.warning("no leader could be chosen: %s", error)
         await self._election.win(me)
 
     def leads(self) -> bool:
