@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from etj.site import manifest
@@ -44,7 +45,7 @@ async def test_requests_reach_it_and_its_answers_are_the_view(
     view = controller.view("digits").job
     assert view is not None
     assert (view.phase, view.desired_nodes, view.training) == ("pending", 2, _TRAINING)
-    said = {"minNodes": 1, "maxNodes": 4, "baseBatchSize": 16, "batchSize": 16, "targetTau": 2000}
+    said: dict[str, Any] = {"minNodes": 1, "maxNodes": 4, "baseBatchSize": 16, "batchSize": 16, "targetTau": 2000}
     assert agrees(view, read_job(manifest(**said)))
     await controller.ask(Scale("digits", 3))
     await controller.ask(SetAutoscale("digits", Autoscale("act", "progress", 0.7)))
