@@ -8,7 +8,7 @@ import typer
 
 _GROUP = "stretto.commands"
 # Which extra brings what a subcommand needs.
-_EXTRAS = {"run": "worker", "demo": "all", "controller": "controller", "token": "controller"}
+_EXTRAS = {"run": "worker", "demo": "all", "controller": "controller", "token": "controller", "k8s": "operator"}
 
 
 def build_app() -> typer.Typer:
