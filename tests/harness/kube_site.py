@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from local_kubelet.local import LocalKubelet
 
-from harness.controller import ControllerProcess
+from harness.controller import STRETTO, ControllerProcess
 from harness.kubectl import Kubectl, KubectlError
 from harness.operator import OperatorProcess
 
@@ -32,6 +36,13 @@ class Site:
         made = OperatorProcess(self.directory / name, kubeconfig, self.kubectl.namespace, self.environment, options)
         self.operators.append(made)
         return made
+
+    def jobs(self, *arguments: str) -> Any:
+        """What `stretto jobs` says to an admin."""
+        command = [STRETTO, "jobs", *arguments, "--json"]
+        environment = {**os.environ, **self.environment}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+        return json.loads(done.stdout)
 
     def story(self) -> str:
         """All that is known, for a failure."""

@@ -22,7 +22,7 @@ class KubectlError(Exception):
 
 
 class Kubectl:
-    """Of one kubeconfig and one namespace; "": that of each object. story: what to show when something is waited for in vain."""
+    """Of one kubeconfig and one namespace ("": each object's own). story: what to show when a wait was in vain."""
 
     def __init__(self, kubeconfig: Path, namespace: str, story: Callable[[], str] = lambda: "") -> None:
         self.kubeconfig = kubeconfig

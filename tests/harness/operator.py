@@ -67,7 +67,7 @@ class OperatorProcess:
         self.log_path = directory / "operator.log"
         self._command = [
             *(OPERATOR, "--namespace", namespace, "--lease-namespace", namespace),
-            *("--http-host", "127.0.0.1", "--http-port", "0", *options),
+            *("--http-host", "127.0.0.1", "--http-port", "0", "--figures-interval-s", "1", *options),
         ]
         clean = {name: value for name, value in os.environ.items() if not name.startswith("STRETTO_")}
         self._environment = {**clean, "KUBECONFIG": str(kubeconfig), **environment}
