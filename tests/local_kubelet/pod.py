@@ -106,6 +106,7 @@ class PodRun:
             for task in (writer, containers, deleted):
                 task.cancel()
             self.kill()
+            await asyncio.gather(writer, containers, deleted, return_exceptions=True)
 
     async def _end(self, containers: asyncio.Future[list[None]]) -> None:
         self._ending = True

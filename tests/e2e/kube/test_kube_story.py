@@ -116,7 +116,7 @@ class Mnist:
 def test_a_job_is_applied_scaled_hurt_suspended_resumed_and_finished(site: Site, images: Path) -> None:
     kubectl, kubelet = site.kubectl, site.kubelet
     mnist = Mnist(site, images)
-    mnist.pace(0.2)
+    mnist.pace(1.0)
     for number in range(4):
         kubelet.add_node(f"node-{number}", pods="1")
     with site.operator():
