@@ -1,4 +1,4 @@
-"""`actions`: the API calls that lead from what was found to what is wanted, in an order that is safe to cut anywhere. Pure."""
+"""`actions`: the API calls that lead from what was found to what is wanted, safe to cut off anywhere. Pure."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def actions(
             changes.append(Restore(manifest, restoring(manifest, "spec")))
     kept = {(each["kind"], each["metadata"]["name"]) for each in wanted.objects}
     for key, there in exists.items():
-        if there["kind"] != "Pod" and key not in kept and not job.record.finished:
+        if there["kind"] != "Pod" and key not in kept:
             metadata = there["metadata"]
             changes.append(Delete(there["kind"], job.namespace, metadata["name"], metadata["uid"]))
     due_s = _due_s(job.record.manifest, wanted.status, pace)

@@ -49,7 +49,7 @@ class Election:
 
     async def win(self) -> None:
         """Returns when this process leads."""
-        while not await self._try():
+        while not await self.attempt():
             await asyncio.sleep(self._pause_s())
 
     async def hold(self) -> None:
@@ -57,7 +57,7 @@ class Election:
         while self.leads:
             await asyncio.sleep(min(self._settings.duration_s / 3, max(0.0, self._until_s - self._monotonic_s())))
             # A server that is away for a moment may be back before the time is up.
-            while not await self._try():
+            while not await self.attempt():
                 if not self.leads or self._held is None:
                     _log.error("the lead is lost: the Lease could not be renewed in time")
                     return
@@ -73,7 +73,7 @@ class Election:
         except ApiError as error:
             _log.info("the Lease was not given back: %s", error)
 
-    async def _try(self) -> bool:
+    async def attempt(self) -> bool:
         """Take or renew the Lease. False where that is not possible now."""
         asked_s = self._monotonic_s()
         settings = self._settings

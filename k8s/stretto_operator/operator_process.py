@@ -15,7 +15,7 @@ from stretto_operator import names
 from stretto_operator.controller import PolledController
 from stretto_operator.election import Election
 from stretto_operator.queue import Queue
-from stretto_operator.reconciler import Reconciler
+from stretto_operator.reconciler import Policy, Reconciler
 from stretto_operator.server import Server
 from stretto_operator.settings import Settings
 from stretto_operator.watch import Watch
@@ -69,7 +69,8 @@ class OperatorProcess:
                 reconciler.controller_changed(job)
 
         controller = PolledController(client, changed, interval_s=settings.poll_interval_s)
-        reconciler = Reconciler(self._server, controller, queue, settings.around, settings.limits, settings.pace)
+        policy = Policy(settings.around, settings.limits, settings.pace)
+        reconciler = Reconciler(self._server, controller, queue, policy)
         caches = reconciler.caches
         watches = [
             Watch(self._server, cache, settings.namespace, "" if cache is caches.jobs else names.OURS)
@@ -80,7 +81,7 @@ class OperatorProcess:
         stopping = asyncio.create_task(self._stopping.wait())
         ends: list[asyncio.Task[Any]] = [stopping, *([lead] if lead is not None else [])]
         try:
-            # Nothing is decided before everything that is there was seen: what is not known looks as if it were missing.
+            # Nothing is decided before all that is there was seen: what is unknown looks as if it were missing.
             await _first(ends, asyncio.gather(controller.poll(), *(watch.synced.wait() for watch in watches)))
             tasks.append(asyncio.create_task(controller.run()))
             tasks += [asyncio.create_task(reconciler.run()) for _ in range(settings.workers)]

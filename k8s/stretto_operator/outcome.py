@@ -45,7 +45,7 @@ def judge(job: Job, view: ControllerView, pods: Sequence[Pod], *, now_s: float, 
     judgement = Judgement(registered, former, failures)
     if current is not None and current.phase == "succeeded":
         return replace(judgement, outcome="Succeeded", reason="Finished", message=current.reason)
-    if view.reachable and current is None and _all_succeeded(job, pods, view):
+    if view.reachable and _all_succeeded(job, pods, view):
         message = f"all {job.nodes} pods ended well" if job.nodes > 1 else "its pod ended well"
         return replace(judgement, outcome="Succeeded", reason="PodsSucceeded", message=message)
     given_up = sum(judgement.given_up(index, job) for index in failures if _has_place(index, job, pods))

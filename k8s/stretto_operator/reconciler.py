@@ -64,18 +64,31 @@ class Caches:
         self.jobs, self.pods, self.budgets = (Cache(kind, self.changed) for kind in (JOB, POD, BUDGET))
 
 
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What holds for all jobs."""
+
+    around: Surroundings
+    limits: Limits = field(default_factory=Limits)
+    pace: Pace = field(default_factory=Pace)
+
+
 class Reconciler:
     """Level-triggered: every look starts from the caches and the controller's view, whatever came before."""
 
     def __init__(
-        self, server: Server, controller: Controller, queue: Queue, around: Surroundings, limits: Limits, pace: Pace
+        self,
+        server: Server,
+        controller: Controller,
+        queue: Queue,
+        policy: Policy,
+        wall_s: Callable[[], float] = time.time,
     ) -> None:
         self._server = server
         self._controller = controller
         self._queue = queue
-        self._around = around
-        self._limits = limits
-        self._pace = pace
+        self._policy = policy
+        self._wall_s = wall_s
         self.caches = Caches(queue.add)
         self._memory: dict[Key, _Memory] = {}
         # Jobs as they were last seen, so that the controller hears of it when one is deleted.
@@ -134,7 +147,7 @@ class Reconciler:
         self._known[key] = job
         self._keys[job.controller_job] = key
         memory = self._memory.setdefault(key, _Memory())
-        view, now_s = self._controller.view(job.controller_job), time.time()
+        view, now_s = self._controller.view(job.controller_job), self._wall_s()
         found = [
             each
             for cache in (self.caches.pods, self.caches.budgets)
@@ -142,8 +155,10 @@ class Reconciler:
             if is_owned(each, job.uid)
         ]
         pods = read_pods((each for each in found if each["kind"] == POD.kind), job.uid)
-        want = wanted(job, view, pods, self._around, now_s=now_s, limits=self._limits, objection=memory.objection)
-        pace = replace(self._pace, written_s=memory.written_s)
+        want = wanted(
+            job, view, pods, self._policy.around, now_s=now_s, limits=self._policy.limits, objection=memory.objection
+        )
+        pace = replace(self._policy.pace, written_s=memory.written_s)
         todo, due_s = actions(want, job, found, now_s=now_s, pace=pace)
         objection = ""
         for action in todo:
@@ -177,7 +192,7 @@ class Reconciler:
             case WriteStatus():
                 patch = _status_patch(manifest, action)
                 self.caches.jobs.put(await self._server.merge_status(JOB, job.namespace, job.name, patch))
-                memory.written_s = time.time()
+                memory.written_s = self._wall_s()
             case Announce():
                 await self._announce(job, action)
             case Create() | Keep():
@@ -237,7 +252,7 @@ class Reconciler:
             cache.put(left)
 
     async def _announce(self, job: Job, action: Announce) -> None:
-        now = to_text(time.time())
+        now = to_text(self._wall_s())
         event = {
             "apiVersion": "v1",
             "kind": "Event",
@@ -273,7 +288,7 @@ class Reconciler:
             "status": "False",
             "reason": "Invalid",
             "message": why,
-            "lastTransitionTime": to_text(time.time()),
+            "lastTransitionTime": to_text(self._wall_s()),
         }
         content = {"observedGeneration": metadata.get("generation"), "phase": "Pending", "conditions": [condition]}
         patch = {"metadata": {"uid": metadata["uid"]}, "status": content}

@@ -1,4 +1,4 @@
-"""Every setting of the operator: flag > environment (STRETTO_OPERATOR_...) > default. Of the controller: as every tool's."""
+"""Every setting of the operator: flag > environment (STRETTO_OPERATOR_...) > default."""
 
 from __future__ import annotations
 

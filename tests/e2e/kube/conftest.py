@@ -55,10 +55,10 @@ def site(tmp_path: Path, kubeconfig: Path, proxy: Proxy, definition: None) -> It
         for name in install_rights(kubectl):
             stack.callback(kubectl, "delete", name, "--ignore-not-found")
         log_in(kubectl, "stretto-operator", tmp_path / "operator.kubeconfig")
-        environment: dict[str, str] = {}
+        environment = _credentials(tmp_path)
         tokens = str(tmp_path / "tokens")
         (tmp_path / "controller").mkdir()
-        controller = stack.enter_context(ControllerProcess(tmp_path / "controller"))
+        controller = stack.enter_context(ControllerProcess(tmp_path / "controller", STRETTO_SECURITY_TOKENS=tokens))
         environment["STRETTO_ENDPOINT"] = controller.grpc
         training = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         kubelet = stack.enter_context(LocalKubelet(proxy.url, namespace, tmp_path / "kubelet", training))
