@@ -202,20 +202,19 @@ def test_a_controller_serves_with_the_certificate_and_the_tokens_of_the_chart(tm
     ]
     (tmp_path / "controller").mkdir()
     with ChartsController(tmp_path / "controller", arguments) as controller:
-        for token, role in (("token", "admin"), ("viewer-token", "viewer")):
+        for token, said in (("token", "no job"), ("viewer-token", "a token of viewer may not")):
             environment = {
+                "STRETTO_ENDPOINT": controller.grpc,
                 "STRETTO_TLS_CA": str(tmp_path / "certificate" / "ca.crt"),
                 "STRETTO_TOKEN": (tmp_path / "client" / token).read_text(),
             }
-            told = subprocess.run(
-                [STRETTO, "doctor", "--endpoint", controller.grpc],
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=60,
-            )
+            told = _ask(environment, "doctor")
             assert told.returncode == 0, told.stdout + told.stderr
-            assert role in told.stdout
+            assert said in _ask(environment, "jobs", "pause", "absent").stderr
+
+
+def _ask(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([STRETTO, *arguments], env=environment, capture_output=True, text=True, timeout=60)
 
 
 def test_alerts_are_rules_that_prometheus_takes(tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import random
 import sys
+import time
 
 import pytest
 from harness.kube_site import Site
 from harness.kubectl import Json, KubectlError, condition, holds
-from harness.operator import training_job
+from harness.operator import OperatorProcess, training_job
 
 pytestmark = [pytest.mark.e2e, pytest.mark.kube, pytest.mark.timeout(400)]
 
@@ -44,8 +45,7 @@ def test_an_operator_that_is_killed_at_any_moment_ends_with_the_same_pods(site: 
     site.kubectl.apply(*(training_job(f"job-{n}", IDLE, nodes=2) for n in range(3)))
     for _ in range(8):
         # From before its first request to after its last one.
-        site.directory.joinpath("x").touch()
-        _look_a_while(site, rng.randrange(12))
+        _wait_for_lines(operator, rng.randrange(8))
         operator.kill()
         job = f"job-{rng.randrange(3)}"
         site.kubectl("scale", f"etj/{job}", f"--replicas={rng.randint(1, 5)}")
@@ -65,10 +65,12 @@ def test_an_operator_that_is_killed_at_any_moment_ends_with_the_same_pods(site: 
         assert owners == {job}
 
 
-def _look_a_while(site: Site, times: int) -> None:
-    """A while that is as long as so many requests take on this machine."""
-    for _ in range(times):
-        site.kubectl("get", "pods", "-o", "name")
+def _wait_for_lines(operator: OperatorProcess, count: int) -> None:
+    """Until it has logged so many things that it did, or has nothing more to do."""
+    there = operator.log.count("\n")
+    deadline_s = time.monotonic() + 20
+    while operator.log.count("\n") < there + count and time.monotonic() < deadline_s:
+        time.sleep(0.01)
 
 
 def test_of_two_operators_one_works_and_the_other_takes_over(site: Site) -> None:
