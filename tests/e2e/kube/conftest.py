@@ -50,7 +50,7 @@ def site(tmp_path: Path, kubeconfig: Path, proxy: Proxy, definition: None) -> It
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     kubectl.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": labels}})
     with ExitStack() as stack:
-        stack.callback(kubectl, "delete", "namespace", namespace, "--wait=false")
+        stack.callback(kubectl, "delete", "namespace", namespace, "--wait=false", "--ignore-not-found")
         controllers = _service_account_comes(kubectl)
         for name in install_rights(kubectl):
             stack.callback(kubectl, "delete", name, "--ignore-not-found")

@@ -13,7 +13,7 @@ from harness.kubectl import Json, holds
 from harness.operator import training_job
 from stretto.sample_log import used_exactly_once
 
-pytestmark = [pytest.mark.e2e, pytest.mark.kube, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.kube, pytest.mark.timeout(1500)]
 
 JOB = "mnist"
 # stretto.demo.workload's own; what its schedule gives on one worker is trained beside the story.
