@@ -161,8 +161,11 @@ class Kubelet:
         return [pod["metadata"]["name"] for pod in there]
 
     async def remove_node(self, name: str) -> None:
-        for pod in self._on(name):
-            self._stop(pod["metadata"]["uid"])
+        """With all that was bound to it, which nobody else would remove for a while."""
+        for uid, pod in self._pods.copy().items():
+            if pod["spec"].get("nodeName") == name:
+                self._stop(uid)
+                await self._cluster.delete(f"{self._path}/{pod['metadata']['name']}", uid=uid, grace_s=0)
         await self.nodes.remove(name)
 
     async def preempt(self, name: str) -> None:

@@ -51,10 +51,10 @@ class LocalKubelet:
         self._running = asyncio.create_task(self._kubelet.run())
 
     async def _close(self) -> None:
+        for name in self._nodes:
+            await self._kubelet.remove_node(name)
         self._running.cancel()
         await asyncio.gather(self._running, return_exceptions=True)
-        for name in self._nodes:
-            await self._kubelet.nodes.remove(name)
         await self._cluster.close()
 
     def add_node(self, name: str, labels: Mapping[str, str] | None = None, **capacity: str) -> str:

@@ -250,3 +250,32 @@ def test_an_autoscaler_sees_and_sets_the_size_through_the_scale_subresource(site
         site.kubectl.until(lambda: running(site, "sized") == wanted("sized", 4), "the job does not grow")
         with pytest.raises(KubectlError, match="at most maxNodes, 8"):
             site.kubectl("scale", "etj/sized", "--replicas=9")
+
+
+def test_an_idle_cluster_causes_no_writes_but_the_leaders_lease(site: Site) -> None:
+    site.kubelet.add_node("node")
+    with site.operator():
+        site.kubectl.apply(training_job("quiet", IDLE, nodes=3))
+        site.kubectl.until(lambda: site.kubectl.job("quiet").get("status", {}).get("readyNodes") == 3, "no pods run")
+        # What is written after that has been written by now: the lease is renewed each few seconds.
+        _wait_for_renewals(site, 2)
+        before = _versions(site)
+        _wait_for_renewals(site, 4)
+        assert _versions(site) == before
+
+
+def _versions(site: Site) -> dict[str, str]:
+    """The version of everything that an operator could write."""
+    found = site.kubectl.items("etj,pods,secrets,poddisruptionbudgets,events")
+    return {f"{each['kind']}/{each['metadata']['name']}": each["metadata"]["resourceVersion"] for each in found}
+
+
+def _wait_for_renewals(site: Site, count: int) -> None:
+    for _ in range(count):
+        before = site.kubectl.get("lease", "stretto-operator")["metadata"]["resourceVersion"]
+        site.kubectl.until(
+            lambda before=before: (
+                site.kubectl.get("lease", "stretto-operator")["metadata"]["resourceVersion"] != before
+            ),
+            "the lease is not renewed",
+        )
