@@ -3,7 +3,7 @@
     KUBECONFIG=... .venv/bin/python benchmarks/kubernetes_jobs.py [--jobs 200] [--nodes 5] [--idle-s 30]
 
 A real API server, a real controller and a real operator, each in a process of its own; the kubelets are played here:
-a pod is said to run as soon as it is there. The namespace is made for this and deleted afterwards; k8s/crd must be there.
+a pod is said to run as soon as it is there. k8s/crd must be applied; the namespace is made for this, and deleted.
 Prints one JSON object. Limits: all reconciled within 30 s on 2 cores, fewer than 3 writes per pod, none when idle.
 """
 

@@ -12,8 +12,8 @@ from stretto.client import JobsClient
 from stretto.errors import NotFound, Retry, StrettoError
 from stretto_proto.v1 import jobs_pb2, types_pb2
 
-from stretto_operator.job import Training
-from stretto_operator.requests import Create, Delete, Pause, Request, Resume, Scale
+from stretto_operator.job import Autoscale, Training
+from stretto_operator.requests import Create, Delete, Pause, Request, Resume, Scale, SetAutoscale
 from stretto_operator.view import ControllerView, JobView, NodeView
 
 _log = logging.getLogger(__name__)
@@ -21,6 +21,18 @@ _MODES = {
     types_pb2.RECONFIGURE_MODE_UNSPECIFIED: "",
     types_pb2.RECONFIGURE_MODE_RESTART: "restart",
     types_pb2.RECONFIGURE_MODE_IN_PROCESS: "in-process",
+}
+_SCALING_MODES = {
+    types_pb2.AUTOSCALE_MODE_UNSPECIFIED: "",
+    types_pb2.AUTOSCALE_MODE_OFF: "off",
+    types_pb2.AUTOSCALE_MODE_RECOMMEND: "recommend",
+    types_pb2.AUTOSCALE_MODE_ACT: "act",
+}
+_GOALS = {
+    types_pb2.AUTOSCALE_GOAL_UNSPECIFIED: "",
+    types_pb2.AUTOSCALE_GOAL_PROGRESS: "progress",
+    types_pb2.AUTOSCALE_GOAL_COST: "cost",
+    types_pb2.AUTOSCALE_GOAL_DEADLINE: "deadline",
 }
 # What was refused is asked again after this: somebody may have mended it.
 _REFUSED_S = 30.0
@@ -106,6 +118,8 @@ class PolledController:
                 return self._client.create(request.job, job_spec(request.training), desired_nodes=request.desired_nodes)
             case Scale():
                 return self._client.scale(request.job, request.nodes)
+            case SetAutoscale():
+                return self._client.set_autoscale(request.job, autoscale_message(request.autoscale))
             case Pause():
                 return self._client.pause(request.job)
             case Resume():
@@ -140,6 +154,17 @@ def job_spec(training: Training) -> types_pb2.JobSpec:
     )
 
 
+def autoscale_message(autoscale: Autoscale) -> types_pb2.Autoscale:
+    modes = {name: number for number, name in _SCALING_MODES.items()}
+    goals = {name: number for number, name in _GOALS.items()}
+    return types_pb2.Autoscale(
+        mode=modes[autoscale.mode],
+        goal=goals[autoscale.goal],
+        efficiency_floor=autoscale.efficiency_floor,
+        deadline_s=autoscale.deadline_s,
+    )
+
+
 def job_view(job: jobs_pb2.Job) -> JobView:
     spec = job.spec
     return JobView(
@@ -155,6 +180,13 @@ def job_view(job: jobs_pb2.Job) -> JobView:
             spec.global_batch_size,
             spec.target_tau,
         ),
+        autoscale=Autoscale(
+            _SCALING_MODES[job.autoscale.mode],
+            _GOALS[job.autoscale.goal],
+            job.autoscale.efficiency_floor,
+            job.autoscale.deadline_s,
+        ),
+        recommended_nodes=job.recommendation.nodes,
         generation=job.generation.number,
         scale=job.generation.scale,
         tau=job.progress.tau,

@@ -17,7 +17,7 @@ from stretto_operator.outcome import Judgement, judge
 from stretto_operator.placement import Doomed, Placement, overdue, place
 from stretto_operator.pod import Pod, PodState
 from stretto_operator.pod_template import pod_manifest
-from stretto_operator.requests import Request, requests
+from stretto_operator.requests import Request, requests, target
 from stretto_operator.surroundings import Surroundings
 from stretto_operator.suspension import Suspension, suspension
 from stretto_operator.view import ControllerView
@@ -60,20 +60,21 @@ def wanted(
         return Wanted()
     if job.record.finished:
         return _finished(job, pods, now_s, limits)
+    nodes = target(job, view, pods)
     judgement = judge(job, view, pods, now_s=now_s, limits=limits)
     if judgement.outcome:
-        told = status.Situation(view, tuple(pods), judgement, None, job.nodes)
+        told = status.Situation(view, tuple(pods), judgement, None, nodes)
         return Wanted(status=status.status(job, told, now_s=now_s))
     stage = suspension(job, view, pods, now_s=now_s, limits=limits)
-    placement = _place(job, view, pods, judgement, stage, now_s, limits)
+    placement = _place(job, nodes, view, pods, judgement, stage, now_s, limits)
     late = overdue(pods, now_s, limits)
-    told = status.Situation(view, tuple(pods), judgement, stage, job.nodes, objection)
+    told = status.Situation(view, tuple(pods), judgement, stage, nodes, objection)
     objects = _objects(job, placement, around)
     secret = names.secret(job.name)
     return Wanted(
         objects=objects,
         doomed=(*placement.doomed, *late.doomed),
-        requests=requests(job, view, pods, judgement, job.nodes),
+        requests=requests(job, view, pods, judgement, nodes),
         status={**status.status(job, told, now_s=now_s), **_fingerprint(objects)},
         credentials_lost=any(pod.reason == "CreateContainerConfigError" and secret in pod.message for pod in pods),
         look_again_s=_earliest(placement.look_again_s, late.look_again_s, stage.look_again_s),
@@ -82,6 +83,7 @@ def wanted(
 
 def _place(
     job: Job,
+    nodes: int,
     view: ControllerView,
     pods: Sequence[Pod],
     judgement: Judgement,
@@ -100,7 +102,7 @@ def _place(
     if view.reachable and not judgement.registered:
         # First the controller learns of the job, or refuses it; pods that are there already stay.
         return Placement(present)
-    return place(job, job.nodes, pods, judgement, view.job, now_s, limits)
+    return place(job, nodes, pods, judgement, view.job, now_s, limits)
 
 
 def _objects(job: Job, placement: Placement, around: Surroundings) -> tuple[Manifest, ...]:

@@ -36,6 +36,16 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Autoscale:
+    """How the controller chooses the job's size. Zero and empty mean: not said."""
+
+    mode: str = ""
+    goal: str = ""
+    efficiency_floor: float = 0.0
+    deadline_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Training:
     """What the controller is told of the job. Zero and empty mean: not said."""
 
@@ -64,6 +74,7 @@ class Job:
     slots: int = 1
     training: Training = Training()
     checkpoint: Checkpoint | None = None
+    autoscale: Autoscale = Autoscale()
     backoff_limit: int = DEFAULT_BACKOFF_LIMIT
     ttl_s: float | None = None
     suspend: bool = False
@@ -99,6 +110,7 @@ def read_job(manifest: Mapping[str, Any]) -> Job:
         slots=_whole(spec, "slotsPerNode", 1),
         training=_read_training(spec),
         checkpoint=_read_checkpoint(spec.get("checkpoint")),
+        autoscale=_read_autoscale(spec.get("autoscale") or {}),
         backoff_limit=_whole(spec, "backoffLimit", DEFAULT_BACKOFF_LIMIT, least=0),
         ttl_s=None if spec.get("ttlSecondsAfterFinished") is None else float(spec["ttlSecondsAfterFinished"]),
         suspend=bool(spec.get("suspend", False)),
@@ -151,6 +163,24 @@ def _read_checkpoint(given: Mapping[str, Any] | None) -> Checkpoint | None:
     if bool(checkpoint.url) == bool(checkpoint.claim):
         raise ValueError("spec.checkpoint names a url or a pvc, and not both")
     return checkpoint
+
+
+def _read_autoscale(given: Mapping[str, Any]) -> Autoscale:
+    autoscale = Autoscale(
+        mode=str(given.get("mode", "")),
+        goal=str(given.get("goal", "")),
+        efficiency_floor=float(given.get("efficiencyFloor", 0)),
+        deadline_s=from_text(given.get("deadline")) or 0.0,
+    )
+    for name, value, allowed in (
+        ("mode", autoscale.mode, ("", "off", "recommend", "act")),
+        ("goal", autoscale.goal, ("", "progress", "cost", "deadline")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"spec.autoscale.{name} is {value!r}; allowed are {', '.join(allowed[1:])}")
+    if (autoscale.goal == "deadline") != bool(autoscale.deadline_s):
+        raise ValueError("spec.autoscale.deadline and goal: deadline belong together; give both, or neither")
+    return autoscale
 
 
 def _whole(spec: Mapping[str, Any], key: str, default: int, *, least: int = 1) -> int:

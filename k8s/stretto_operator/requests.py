@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stretto_operator.job import Job, Training
+from stretto_operator.job import Autoscale, Job, Training
 from stretto_operator.outcome import Judgement, agrees, is_current
 from stretto_operator.pod import Pod, PodState
 from stretto_operator.view import ControllerView
@@ -25,6 +25,12 @@ class Scale:
 
 
 @dataclass(frozen=True, slots=True)
+class SetAutoscale:
+    job: str
+    autoscale: Autoscale
+
+
+@dataclass(frozen=True, slots=True)
 class Pause:
     job: str
 
@@ -39,7 +45,7 @@ class Delete:
     job: str
 
 
-Request = Create | Scale | Pause | Resume | Delete
+Request = Create | Scale | SetAutoscale | Pause | Resume | Delete
 
 
 def requests(
@@ -58,9 +64,34 @@ def requests(
     asked: list[Request] = []
     if job.record.suspend_s is not None and known.phase == "paused":
         asked.append(Resume(name))
+    if not known.finished and not agrees_on_size(known.autoscale, job.autoscale):
+        asked.append(SetAutoscale(name, job.autoscale))
+    elif known.autoscale.mode == "act":
+        # The controller chooses; a number of ours would take that over.
+        return tuple(asked)
     if not known.finished and _may_scale(known.desired_nodes or known.training.max_nodes, target, pods):
         asked.append(Scale(name, target))
     return tuple(asked)
+
+
+def agrees_on_size(theirs: Autoscale, mine: Autoscale) -> bool:
+    """The controller chooses the job's size as this object says, as far as it says anything."""
+    return all(
+        getattr(mine, name) in (0, "", getattr(theirs, name))
+        for name in ("mode", "goal", "efficiency_floor", "deadline_s")
+    )
+
+
+def target(job: Job, view: ControllerView, pods: Sequence[Pod]) -> int:
+    """How many pods are wanted: what the object says, or, where the controller may act, what that wants."""
+    if job.autoscale.mode != "act":
+        return job.nodes
+    known = view.job
+    if known is None or known.finished or known.autoscale.mode != "act":
+        # Until the controller has said a number, nobody goes.
+        return max(job.nodes, min(len(pods), job.training.max_nodes))
+    least, most = job.training.min_nodes, job.training.max_nodes
+    return min(max(known.desired_nodes or job.nodes, least), most)
 
 
 def _trains(view: ControllerView, judgement: Judgement) -> bool:

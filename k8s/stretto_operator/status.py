@@ -16,7 +16,7 @@ from stretto_operator.times import to_text
 from stretto_operator.view import ControllerView, JobView
 
 # What moves with every step; `diff` lets it be written only so often.
-FIGURES = ("tau", "gain", "progressRate", "remainingSeconds")
+FIGURES = ("tau", "gain", "progressRate", "remainingSeconds", "recommendedNodes")
 _DIGITS = 4
 # Of the time that is left, the tail is noise.
 _REMAINING_DIGITS = 2
@@ -109,6 +109,8 @@ def _figures(job: Job, situation: Situation) -> dict[str, Any]:
     ):
         if value > 0:
             figures[name] = rounded(value, _DIGITS)
+    if known.recommended_nodes:
+        figures["recommendedNodes"] = known.recommended_nodes
     if known.remaining_s >= 0:
         figures["remainingSeconds"] = int(rounded(known.remaining_s, _REMAINING_DIGITS))
     return figures

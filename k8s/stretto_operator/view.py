@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from stretto_operator.job import Training
+from stretto_operator.job import Autoscale, Training
 
 # Nothing is known of what the job asks for.
-UNSAID = Training(0, 0)
+UNSAID, NO_AUTOSCALE = Training(0, 0), Autoscale()
 FINISHED = ("succeeded", "failed")
 
 
@@ -29,6 +29,9 @@ class JobView:
     reason: str = ""
     desired_nodes: int = 0
     training: Training = UNSAID
+    autoscale: Autoscale = NO_AUTOSCALE
+    # 0: none.
+    recommended_nodes: int = 0
     # 0 while none has begun.
     generation: int = 0
     scale: float = 0.0

@@ -12,7 +12,7 @@ from stretto_operator.diff import Pace
 from stretto_operator.limits import Limits
 from stretto_operator.queue import Queue
 from stretto_operator.reconciler import Policy, Reconciler
-from stretto_operator.requests import Create, Delete, Pause, Request, Resume, Scale
+from stretto_operator.requests import Create, Delete, Pause, Request, Resume, Scale, SetAutoscale
 from stretto_operator.server import JOB, ApiError, Manifest
 from stretto_operator.surroundings import Surroundings
 from stretto_operator.times import to_text
@@ -49,6 +49,8 @@ class MemoryController:
                 self.jobs[request.job] = replace(found, desired_nodes=request.desired_nodes)
             case Scale() if found is not None:
                 self.jobs[request.job] = replace(found, desired_nodes=request.nodes)
+            case SetAutoscale() if found is not None:
+                self.jobs[request.job] = replace(found, autoscale=request.autoscale)
             case Pause() if found is not None:
                 self.jobs[request.job] = replace(found, phase="paused")
             case Resume() if found is not None:

@@ -361,3 +361,23 @@ async def test_a_disruption_budget_comes_and_goes_with_the_wish(site: Site) -> N
     site.server.change(names.KIND, "digits", spec={"podDisruptionBudget": False})
     await site.settle()
     assert site.server.all("PodDisruptionBudget") == {}
+
+
+async def test_where_the_controller_may_act_it_says_how_many_pods_there_are(site: Site) -> None:
+    await site.begin(nodes=2, autoscale={"mode": "act", "efficiencyFloor": 0.6})
+    assert site.controller.jobs[JOB].autoscale.mode == "act"
+    site.say(desired_nodes=4)
+    await site.settle()
+    assert len(site.pods()) == 4
+    assert not any(isinstance(each, Scale) for each in site.controller.requests)
+    site.controller.reachable = False
+    site.start_operator()
+    unknown, site.controller.jobs = site.controller.jobs, {}
+    await site.settle()
+    assert len(site.pods()) == 4
+    site.controller.jobs, site.controller.reachable = unknown, True
+    site.say(desired_nodes=1)
+    await site.settle()
+    site.run_pods()
+    await site.settle()
+    assert site.pods() == ["digits-0"]

@@ -4,8 +4,8 @@ A line is `admin sha256:HASH`, `viewer sha256:HASH` or `job/NAME sha256:HASH`; s
 that a token can be replaced while the old one still works. Tokens are 32 random bytes, so a plain hash is enough.
 
 A line `issuer hmac-sha256:KEY` is the key of somebody who makes jobs' tokens without asking, such as the Kubernetes
-operator: NAME.NONCE.SIGNATURE, where the signature is the HMAC-SHA-256 of `job/NAME/NONCE`. With one, the file itself is
-a secret.
+operator: NAME.NONCE.SIGNATURE, where the signature is the HMAC-SHA-256 of `job/NAME/NONCE`. With such a line the file
+itself is a secret.
 """
 
 from __future__ import annotations
