@@ -367,6 +367,8 @@ class Live:
     apart: Mapping[frozenset[str], Apart] = field(default_factory=dict)
     # Nobody is judged by silence before this.
     grace_until_s: float | None = None
+    # Somebody waits to hear that a checkpoint is there.
+    save_asked: bool = False
     # When the target was reached, as far as this controller saw it.
     target_s: float | None = None
     # When this controller began to watch the job.
