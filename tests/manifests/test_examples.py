@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import kubernetes_validate
 import pytest
 import yaml
+from harness.controller import STRETTO
 from jsonschema import Draft202012Validator
-from manifests.rendering import CRD, EXAMPLES, ROOT, Json, documents, job_schema, pod_templates
+from manifests.rendering import CRD, EXAMPLES, ROOT, Json, breaches, documents, job_schema, pod_templates
 
 OURS = "ElasticTrainingJob"
 # Of others, and not in Kubernetes' own schemas: the pods in them are checked all the same.
@@ -46,6 +48,23 @@ def test_the_pods_in_examples_are_valid(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_examples_begin_with_what_they_are_for(path: Path) -> None:
     assert path.read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if OURS in path.read_text()], ids=lambda path: path.stem)
+def test_the_pods_that_the_operator_would_make_are_valid_and_restricted(path: Path) -> None:
+    jobs = [found for found in objects(path) if found["kind"] == OURS]
+    if not jobs:
+        pytest.skip("names a job of another file")
+    done = subprocess.run([STRETTO, "k8s", "render", "-f", str(path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    made = documents(done.stdout)
+    assert len([found for found in made if found["kind"] == "Pod"]) == jobs[0]["spec"]["nodes"]
+    for found in made:
+        for owner in found["metadata"]["ownerReferences"]:
+            owner["uid"] = "known once the object is there"
+        kubernetes_validate.validate(found, "1.37", strict=True)
+        if found["kind"] == "Pod":
+            assert breaches(found) == []
 
 
 def test_the_schema_that_examples_are_held_against_refuses_what_is_wrong() -> None:

@@ -199,28 +199,6 @@ def test_a_pod_that_runs_out_of_memory_is_replaced_and_the_reason_is_told(site: 
         assert "OOMKilled" in json.dumps(site.kubectl.job("hungry")["status"])
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"nodes": 9}, "nodes is 9; it must be at most maxNodes, 8"),
-        ({"minNodes": 3}, "it must be at least minNodes, 3"),
-        ({"nodes": 0}, "spec.nodes"),
-        ({"nodes": "many"}, "spec.nodes"),
-        ({"batchSize": 8}, "baseBatchSize"),
-        ({"checkpoint": {"pvc": "a", "url": "s3://b"}}, "a url or a pvc"),
-        ({"reconfigure": "sometimes"}, "reconfigure"),
-    ],
-)
-def test_nonsense_is_refused_by_the_api_server_in_words(site: Site, change: Json, said: str) -> None:
-    with pytest.raises(KubectlError, match=said):
-        site.kubectl.apply(training_job("nonsense", IDLE, **change), dry_run=True)
-
-
-def test_an_unknown_field_is_refused_by_kubectl(site: Site) -> None:
-    with pytest.raises(KubectlError, match="node"):
-        site.kubectl("create", "-f", "-", given=json.dumps(training_job("typo", IDLE, node=3)))
-
-
 def test_what_only_pods_show_is_told_on_the_job(site: Site) -> None:
     """The API server takes the object; its pods it does not."""
     site.kubelet.add_node("node")

@@ -66,9 +66,9 @@ class Mnist:
         self._pace.with_suffix(".new").replace(self._pace)
 
     def train_reference(self) -> None:
-        """One worker with the same schedule, at the lowest priority."""
+        """One worker with the same schedule, meanwhile."""
         options = ["--reference", "--images", str(self._images), "--result", str(self._reference_result)]
-        command = ["nice", "-n", "19", sys.executable, "-m", "stretto.demo.train", *options]
+        command = [sys.executable, "-m", "stretto.demo.train", *options]
         self._reference = subprocess.Popen(command)
 
     @property
