@@ -34,8 +34,6 @@ _GOALS = {
     types_pb2.AUTOSCALE_GOAL_COST: "cost",
     types_pb2.AUTOSCALE_GOAL_DEADLINE: "deadline",
 }
-# What was refused is asked again after this: somebody may have mended it.
-_REFUSED_S = 30.0
 
 
 class Controller(Protocol):
@@ -50,10 +48,13 @@ class Controller(Protocol):
 class PolledController:
     """A real one. changed: called with a job's name when what is known of it has changed, with nothing for all jobs."""
 
-    def __init__(self, client: JobsClient, changed: Callable[[str | None], None], *, interval_s: float) -> None:
+    def __init__(
+        self, client: JobsClient, changed: Callable[[str | None], None], *, interval_s: float, refused_s: float
+    ) -> None:
         self._client = client
         self._changed = changed
         self._interval_s = interval_s
+        self._refused_s = refused_s
         self._jobs: dict[str, JobView] = {}
         self._refusals: dict[str, tuple[str, float]] = {}
         self._reachable = False
@@ -61,8 +62,8 @@ class PolledController:
         self._asked = 0
 
     def view(self, job: str) -> ControllerView:
-        refusal, until_s = self._refusals.get(job, ("", 0.0))
-        return ControllerView(self._reachable, self._reason, self._jobs.get(job), refusal if until_s else "")
+        refusal, _ = self._refusals.get(job, ("", 0.0))
+        return ControllerView(self._reachable, self._reason, self._jobs.get(job), refusal)
 
     async def run(self) -> None:
         """Never returns."""
@@ -86,6 +87,8 @@ class PolledController:
         before, self._jobs = self._jobs, fresh
         for name in {*before, *fresh}:
             if before.get(name) != fresh.get(name):
+                # What was refused may be taken now.
+                self._refusals.pop(name, None)
                 self._changed(name)
 
     async def ask(self, request: Request) -> None:
@@ -102,7 +105,7 @@ class PolledController:
         except (StrettoError, ValueError) as error:
             if refusal != str(error):
                 _log.warning("the controller refuses %s: %s", request, error)
-            self._refusals[request.job] = (str(error), time.monotonic() + _REFUSED_S)
+            self._refusals[request.job] = (str(error), time.monotonic() + self._refused_s)
         else:
             _log.info("the controller took %s", request)
             self._refusals.pop(request.job, None)

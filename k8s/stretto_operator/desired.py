@@ -70,6 +70,8 @@ def wanted(
     late = overdue(pods, now_s, limits)
     told = status.Situation(view, tuple(pods), judgement, stage, nodes, objection)
     objects = _objects(job, placement, around)
+    # A moment later than its own clock lets it be asked.
+    refused_s = now_s + limits.refused_s + 0.1 if view.refusal else None
     secret = names.secret(job.name)
     return Wanted(
         objects=objects,
@@ -77,7 +79,7 @@ def wanted(
         requests=requests(job, view, pods, judgement, nodes),
         status={**status.status(job, told, now_s=now_s), **_fingerprint(objects)},
         credentials_lost=any(pod.reason == "CreateContainerConfigError" and secret in pod.message for pod in pods),
-        look_again_s=_earliest(placement.look_again_s, late.look_again_s, stage.look_again_s),
+        look_again_s=_earliest(placement.look_again_s, late.look_again_s, stage.look_again_s, refused_s),
     )
 
 

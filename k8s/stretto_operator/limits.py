@@ -22,6 +22,8 @@ class Limits:
     backoff_limit_s: float = 300.0
     # One that the cluster took away is replaced after this.
     disrupted_s: float = 1.0
+    # What the controller has refused is asked again after this: somebody may have mended it.
+    refused_s: float = 30.0
     # A failure after so long a run is the first one again.
     healthy_run_s: float = 600.0
 

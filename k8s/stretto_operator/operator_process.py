@@ -68,7 +68,9 @@ class OperatorProcess:
             if reconciler is not None:
                 reconciler.controller_changed(job)
 
-        controller = PolledController(client, changed, interval_s=settings.poll_interval_s)
+        controller = PolledController(
+            client, changed, interval_s=settings.poll_interval_s, refused_s=settings.limits.refused_s
+        )
         policy = Policy(settings.around, settings.limits, settings.pace)
         reconciler = Reconciler(self._server, controller, queue, policy)
         caches = reconciler.caches

@@ -147,7 +147,7 @@ def _stamped(job: Job, kind: str, status: bool, reason: str, message: str, now_s
 
 def _accepted(job: Job, view: ControllerView, known: JobView | None, judgement: Judgement) -> tuple[bool, str, str]:
     if view.refusal and not judgement.registered:
-        return False, "Refused", view.refusal
+        return False, "Refused", f"{view.refusal} (the controller calls it {job.controller_job})"
     if known is not None and not agrees(known, job):
         asked, runs = job.training, known.training
         return (

@@ -281,7 +281,7 @@ async def test_what_the_controller_refuses_is_said_on_the_job(site: Site) -> Non
     site.apply()
     await site.look()
     await site.look()
-    assert site.condition("Accepted")["message"] == site.controller.refusal
+    assert site.condition("Accepted")["message"] == f"{site.controller.refusal} (the controller calls it {JOB})"
     assert site.pods() == []
 
 
