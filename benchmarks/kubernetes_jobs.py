@@ -176,6 +176,9 @@ def main() -> None:
         namespace, endpoint, counts = options.operate
         asyncio.run(operate(namespace, endpoint, Path(counts)))
         return
+    if "KUBECONFIG" not in os.environ:
+        print("kubernetes_jobs.py: KUBECONFIG is not set, so nothing was measured", file=sys.stderr)
+        return
     with tempfile.TemporaryDirectory() as directory:
         print(json.dumps(asyncio.run(measure(options.jobs, options.nodes, options.idle_s, Path(directory))), indent=2))
 

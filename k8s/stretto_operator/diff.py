@@ -112,7 +112,7 @@ def actions(
     due_s = _due_s(job.record.manifest, wanted.status, pace)
     if due_s is None or due_s > now_s:
         return (*first, *changes), due_s
-    announced = [Announce(*each) for each in announcements(job.record.manifest, wanted.status)]
+    announced = [Announce(*each) for each in announcements(job.name, job.record.manifest, wanted.status)]
     return (*first, WriteStatus(wanted.status), *announced, *changes), None
 
 

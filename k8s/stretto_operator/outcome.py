@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from stretto_operator import names
 from stretto_operator.job import Job
 from stretto_operator.limits import Limits
 from stretto_operator.pod import Pod, PodState
@@ -34,7 +35,7 @@ def judge(job: Job, view: ControllerView, pods: Sequence[Pod], *, now_s: float, 
     failures = dict(job.record.failures)
     for pod in pods:
         if pod.own_fault:
-            _count(failures, pod, pod.ended_s or now_s, pod.reason, limits)
+            _count(failures, pod, pod.ended_s or now_s, pod.failure, limits)
     current = view.job if view.job is not None and is_current(view.job, former) else None
     if current is not None and current.phase == "failed":
         # The attempt is over for all of them, also for those that have not ended yet.
@@ -50,7 +51,7 @@ def judge(job: Job, view: ControllerView, pods: Sequence[Pod], *, now_s: float, 
         return replace(judgement, outcome="Succeeded", reason="PodsSucceeded", message=message)
     given_up = sum(judgement.given_up(index, job) for index in failures if _has_place(index, job, pods))
     if given_up and job.nodes - given_up < job.training.min_nodes:
-        return replace(judgement, outcome="Failed", reason="BackoffLimitExceeded", message=_why(failures, current))
+        return replace(judgement, outcome="Failed", reason="BackoffLimitExceeded", message=_why(job, failures, current))
     return judgement
 
 
@@ -108,7 +109,12 @@ def _has_place(index: int, job: Job, pods: Sequence[Pod]) -> bool:
     return index < job.nodes or any(pod.index == index for pod in pods)
 
 
-def _why(failures: Mapping[int, Failure], view: JobView | None) -> str:
+def times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+def _why(job: Job, failures: Mapping[int, Failure], view: JobView | None) -> str:
     latest = max(failures.values(), key=lambda failure: failure.time_s)
     told = f"; the controller says: {view.reason}" if view is not None and view.reason else ""
-    return f"pod {latest.index} failed {latest.count} times, last with {latest.reason}{told}"
+    pod = names.pod(job.name, latest.index)
+    return f"pod {pod} failed {times(latest.count)}, last with {latest.reason}{told}"

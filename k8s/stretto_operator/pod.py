@@ -49,6 +49,8 @@ class Pod:
     ready: bool = False
     reason: str = ""
     message: str = ""
+    # Of the container that failed; 0 where none did.
+    exit_code: int = 0
     # It failed, and the cluster had no hand in it.
     own_fault: bool = False
     # When its containers ended, and for how long the longest of them had run.
@@ -56,6 +58,11 @@ class Pod:
     ran_s: float = 0.0
     # TERMINATING: when its grace period ends.
     gone_by_s: float = 0.0
+
+    @property
+    def failure(self) -> str:
+        """Why it failed, in a few words."""
+        return f"exit code {self.exit_code} ({self.reason})" if self.exit_code else self.reason
 
     @property
     def alive(self) -> bool:
@@ -92,6 +99,7 @@ def read_pod(manifest: Mapping[str, Any]) -> Pod | None:
         ready=state is PodState.RUNNING and conditions.get("Ready", {}).get("status") == "True",
         reason=reason,
         message=message[:_MESSAGE_LENGTH],
+        exit_code=_exit_code(status) if state is PodState.FAILED else 0,
         own_fault=state is PodState.FAILED and not _was_taken(status, conditions),
         ended_s=max((end for _, end in ends), default=0.0),
         ran_s=max((end - start for start, end in ends), default=0.0),
@@ -141,6 +149,11 @@ def _worst_end(status: Mapping[str, Any]) -> tuple[str, str]:
             code = f"container {container.get('name')} ended with exit code {ended['exitCode']}"
             return ended.get("reason") or "Error", ": ".join(filter(None, (code, ended.get("message", "").strip())))
     return status.get("reason") or "Error", status.get("message", "")
+
+
+def _exit_code(status: Mapping[str, Any]) -> int:
+    codes = ((each.get("state") or {}).get("terminated", {}).get("exitCode", 0) for each in _containers(status))
+    return next((code for code in codes if code), 0)
 
 
 def _was_taken(status: Mapping[str, Any], conditions: Mapping[str, Any]) -> bool:

@@ -61,6 +61,6 @@ class Queue:
         self._timers.clear()
 
     @property
-    def idle(self) -> bool:
-        """Nothing waits and nobody works; appointments may be there."""
-        return not self._waiting and not self._held
+    def waits(self) -> bool:
+        """Some key is to be taken."""
+        return bool(self._waiting)

@@ -8,7 +8,7 @@ from typing import Any
 
 from stretto_operator import names
 from stretto_operator.job import Job
-from stretto_operator.outcome import Judgement, agrees, is_current
+from stretto_operator.outcome import Judgement, agrees, is_current, times
 from stretto_operator.pod import Pod
 from stretto_operator.record import NO_FORMER_RUN, Condition
 from stretto_operator.suspension import Suspension
@@ -169,7 +169,7 @@ def _degraded(situation: Situation, job: Job) -> tuple[bool, str, str]:
         return True, "Refused", situation.objection
     troubled = [(pod.index, pod.reason, pod.message) for pod in situation.pods if pod.reason]
     troubled += [
-        (index, "BackoffLimitExceeded", f"failed {failure.count} times, last with {failure.reason}; not replaced")
+        (index, "BackoffLimitExceeded", f"failed {times(failure.count)}, last with {failure.reason}; not replaced")
         for index, failure in sorted(situation.judgement.failures.items())
         if situation.judgement.given_up(index, job) and index < situation.target
     ]
@@ -180,11 +180,15 @@ def _degraded(situation: Situation, job: Job) -> tuple[bool, str, str]:
     return True, troubled[0][1], "; ".join(shown[:_TROUBLED_SHOWN]) + more
 
 
-def announcements(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:
+def announcements(job: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:
     """What deserves an event, as (type, reason, message): new failures, and phases that people wait for."""
     known = {each["uid"] for each in before.get("failures") or ()}
     found = [
-        ("Warning", "PodFailed", f"pod {each['index']} failed: {each['reason']} (failure {each['count']})")
+        (
+            "Warning",
+            "PodFailed",
+            f"pod {names.pod(job, each['index'])} failed {times(each['count'])}, last with {each['reason']}",
+        )
         for each in after.get("failures") or ()
         if each["uid"] not in known
     ]

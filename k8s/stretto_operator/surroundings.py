@@ -20,10 +20,6 @@ class Surroundings:
     ca: str = ""
     insecure: bool = False
 
-    @property
-    def has_secret(self) -> bool:
-        return bool(self.issuer_key or self.ca)
-
 
 def job_token(issuer_key: bytes, job: str, nonce: str) -> str:
     """The token of the controller's job of this name; docs/operations.md says how the controller checks it.

@@ -149,6 +149,7 @@ async def test_a_pod_that_fails_too_often_is_given_up_and_the_others_go_on(site:
     await site.settle()
     assert site.status()["phase"] == "Failed"
     assert site.condition("Failed")["reason"] == "BackoffLimitExceeded"
+    assert site.condition("Failed")["message"].startswith("pod digits-0 failed 2 times, last with exit code 1 (Error)")
 
 
 async def test_an_attempt_that_the_controller_calls_failed_is_made_again_and_then_not(site: Site) -> None:
