@@ -13,7 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from harness.controller import STRETTO, ControllerProcess
-from harness.prometheus import installed
+from harness.installed import installed
 from manifests.rendering import (
     BASES,
     CHART,

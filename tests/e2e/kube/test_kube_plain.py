@@ -23,6 +23,7 @@ class Plain:
         self._job = job
         self._pace = site.directory / "pace"
         self.result = site.directory / "result.json"
+        self._generation = 0
         self.objects = documents((EXAMPLES / example).read_text())
         self._options = [
             *("-m", "stretto.demo.train", f"--checkpoint={site.directory / 'checkpoints'}", f"--images={images}"),
@@ -50,21 +51,19 @@ class Plain:
     def pace(self, step_s: float) -> None:
         self._pace.write_text(str(step_s))
 
-    def trains_with(self, nodes: int) -> None:
-        """Wait until so many nodes are in, and tau grows."""
+    def trains_with(self, nodes: int, *, after: int = 0) -> int:
+        """Wait until a generation with so many nodes, newer than `after`, makes steps; returns its number."""
 
-        def growing() -> bool:
-            tau = self._tau()
-            job = self._site.jobs("show", self._job)
-            return len(job.get("generation", {}).get("members", [])) == nodes and tau > 0 and self._tau() > tau
+        def trains() -> bool:
+            for job in self._site.jobs("list"):
+                if job["name"] == self._job and "generation" in job and "progress" in job:
+                    self._generation = int(job["generation"]["number"])
+                    made = int(job["progress"]["generation"])
+                    return len(job["generation"]["members"]) == nodes and made == self._generation > after
+            return False
 
-        self._site.kubectl.until(lambda: self._known() and growing(), f"{self._job} does not train with {nodes} nodes")
-
-    def _known(self) -> bool:
-        return self._job in [job["name"] for job in self._site.jobs("list")]
-
-    def _tau(self) -> float:
-        return float(self._site.jobs("show", self._job).get("progress", {}).get("tau", 0.0))
+        self._site.kubectl.until(trains, f"{self._job} does not train with {nodes} nodes")
+        return self._generation
 
     def _secret(self, name: str) -> Json:
         done = subprocess.run(
@@ -85,10 +84,9 @@ def test_a_stateful_set_of_stock_torchrun_grows_and_loses_a_pod(site: Site, imag
     plain.apply("StatefulSet")
     plain.trains_with(2)
     site.kubectl("scale", "statefulset/plain", "--replicas=3")
-    plain.trains_with(3)
+    whole = plain.trains_with(3)
     site.kubectl("delete", "pod", "plain-0", "--wait=false")
-    plain.trains_with(2)
-    plain.trains_with(3)
+    plain.trains_with(3, after=whole)
 
 
 def test_a_plain_job_ends_when_training_does(site: Site, images: Path) -> None:
