@@ -6,6 +6,7 @@ Each function is run by all ranks of the default group and raises where AdaScale
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import math
 import warnings
@@ -172,7 +173,15 @@ def a_closure() -> None:
         loop.check(gain)
 
 
+def nothing_is_compiled_yet() -> None:
+    """What was compiled for models of other variants is checked again, and ends while it is, as garbage is found."""
+    gc.collect()
+    torch.compiler.reset()
+
+
 def compiled_outside() -> None:
+    nothing_is_compiled_yet()
+
     def wrap(model: nn.Module) -> nn.Module:
         compiled: Any = torch.compile(DistributedDataParallel(model), backend="aot_eager")
         module: nn.Module = compiled
@@ -182,6 +191,8 @@ def compiled_outside() -> None:
 
 
 def compiled_inside() -> None:
+    nothing_is_compiled_yet()
+
     def wrap(model: nn.Module) -> nn.Module:
         compiled: Any = torch.compile(model, backend="aot_eager")
         return DistributedDataParallel(compiled)
