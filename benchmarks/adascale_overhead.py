@@ -9,8 +9,8 @@ r"""What AdaScale costs beside plain DDP, as paired ratios of step times within 
 Two gloo ranks on this machine, unless told otherwise. Every round runs each variant once, in rotated order, so that
 each ratio compares neighbours in time; "ddp again" is a second plain DDP, whose ratio is the noise: its interval has to
 be narrower than what is claimed. "stretto k=8" measures gradients in every eighth step only, after 100. Printed: median
-paired ratios of wall and of CPU time (of the GPU's, with --device cuda) with 95 % bootstrap intervals; and by how much
-a step's memory rose at its highest, in warm-up rounds, beside plain DDP's.
+paired ratios of wall and of CPU time (of the GPU's, with --device cuda) with 95 % bootstrap intervals; and the
+memory that one step allocates, beside plain DDP's.
 
 Where the machine is quiet for minutes only: `--limit-s 240 --samples FILE`, several times. Each run adds its rounds to
 the file and reports on all that are in it; rounds are paired within themselves, so those of several runs can be pooled.
@@ -31,9 +31,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from paired_steps import BASELINE, PeakMemory, Samples, report
+from paired_steps import BASELINE, Samples, bytes_made, reduce_at_once, report
 from stretto import AdaScale
 from stretto.adascale_options import AdaScaleSettings
+from stretto.ddp_norms import AllReduce
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
@@ -94,8 +95,8 @@ class Variant:
         module = MODELS[options.model]().to(device)
         self.feed: Iterator[Any] | None = None  # of a peer that steps inside a loader of its own
         ids = [device.index] if device.type == "cuda" else None
-        self.model: nn.Module = module if name == "adaptdl" else DistributedDataParallel(module, device_ids=ids)
         inner = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9)
+        self.model: nn.Module = module if name == "adaptdl" else DistributedDataParallel(module, device_ids=ids)
         self.optimizer: Any = inner
         if name in OURS:
             settings = AdaScaleSettings(statistics_interval=8 if name != "stretto" else 1)
@@ -128,6 +129,22 @@ class Variant:
             torch.cuda.synchronize()
             return time.perf_counter() - wall_s, events[0].elapsed_time(events[1]) / 1e3
         return time.perf_counter() - wall_s, time.process_time() - cpu_s
+
+    def step_bytes(self, batches: list[Batch]) -> int:
+        """What a step allocates once buffers and optimizer state are there."""
+        counted_here = self.name in OURS and self.device.type == "cpu"
+        if counted_here:
+            self.bind(reduce_at_once)
+        for batch in batches[:2]:
+            self.step(batch)
+        made = bytes_made(self.device, lambda: self.step(batches[2]))
+        if counted_here:
+            self.bind(None)
+        return made
+
+    def bind(self, all_reduce: AllReduce | None) -> None:
+        self.model = DistributedDataParallel(self.model.module)
+        self.optimizer.rebind(self.model, all_reduce=all_reduce)
 
 
 def adaptdl_loop(module: nn.Module, inner: torch.optim.Optimizer, size: int) -> tuple[nn.Module, Iterator[Any]]:
@@ -175,6 +192,8 @@ def measure(rank: int, folder: str, options: argparse.Namespace) -> None:
     variants = [Variant(name, options, device) for name in names]
     batches = make_batches(options.model, rank, options.batch, device)
     samples = Samples(names)
+    for variant in variants:
+        samples.step_bytes[variant.name] = variant.step_bytes(batches)
     started_s = time.monotonic()
     for round_number in range(options.warmup + options.rounds):
         late = torch.tensor([float(time.monotonic() - started_s > options.limit_s)], device=device)
@@ -183,12 +202,9 @@ def measure(rank: int, folder: str, options: argparse.Namespace) -> None:
             break
         shift = round_number % len(variants)
         for variant in variants[shift:] + variants[:shift]:
-            peak = PeakMemory(device)
             taken = variant.step(batches[round_number % BATCHES])
             if round_number >= options.warmup:
                 samples.times[variant.name].append(taken)
-            elif round_number > 1:
-                samples.peak_bytes[variant.name].append(peak.risen())
     if rank == 0:
         about = {
             "model": options.model,

@@ -6,10 +6,15 @@ import json
 import os
 import random
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 BASELINE = "ddp"
 CLAIM = 1.03
@@ -17,11 +22,11 @@ PARAMETER_BYTES = 4
 
 
 class Samples:
-    """Per variant: (wall, CPU or GPU) seconds of each round, and the rise of memory in warm-up steps."""
+    """Per variant: (wall, CPU or GPU) seconds of each round, and the bytes that a step of each allocates."""
 
     def __init__(self, names: list[str]) -> None:
         self.times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-        self.peak_bytes: dict[str, list[int]] = {name: [] for name in names}
+        self.step_bytes: dict[str, int] = {}
         self.loads: list[float] = [os.getloadavg()[0]]
 
     def pool(self, file: str, about: dict[str, Any]) -> None:
@@ -35,27 +40,47 @@ class Samples:
                 )
             for name in self.times:
                 self.times[name][:0] = [(wall, other) for wall, other in kept["times"][name]]
-                self.peak_bytes[name][:0] = kept["peak_bytes"][name]
             self.loads[:0] = kept["loads"]
-        left = {"about": about, "times": self.times, "peak_bytes": self.peak_bytes, "loads": self.loads}
+        left = {"about": about, "times": self.times, "loads": self.loads}
         path.write_text(json.dumps(left))
 
 
-class PeakMemory:
-    """How far this process's memory rises from here: resident memory, or the allocator's on a GPU."""
+class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
+    """Adds up the bytes of all tensors that operations of this thread make while it is entered."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self._before = torch.cuda.memory_allocated()
-            return
-        Path("/proc/self/clear_refs").write_text("5")  # sets the highest mark back
-        self._before = _status_bytes("VmRSS")
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self.bytes = 0
 
-    def risen(self) -> int:
-        highest = torch.cuda.max_memory_allocated() if self._device.type == "cuda" else _status_bytes("VmHWM")
-        return max(highest - self._before, 0)
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {_memory_of(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and _memory_of(tensor) not in given:
+                self.bytes += tensor.untyped_storage().nbytes()
+        return made
+
+
+def reduce_at_once(tensor: Tensor, /, *, more: bool = False) -> torch.futures.Future[Any]:
+    """An all-reduce for `AdaScale.rebind` that is over when it returns, so that what follows stays in this thread."""
+    dist.all_reduce(tensor)
+    done: torch.futures.Future[Any] = torch.futures.Future()
+    done.set_result([tensor])
+    return done
+
+
+def bytes_made(device: torch.device, step: Callable[[], Any]) -> int:
+    """What a step allocates: all of it on the CPU; on a GPU at most at a time."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before_bytes: int = torch.cuda.memory_allocated()
+        step()
+        most_bytes: int = torch.cuda.max_memory_allocated()
+        return most_bytes - before_bytes
+    with Allocations() as allocations:
+        step()
+    made_bytes: int = allocations.bytes
+    return made_bytes
 
 
 def report(samples: Samples, about: dict[str, Any], kinds: list[str]) -> dict[str, Any]:
@@ -71,13 +96,11 @@ def report(samples: Samples, about: dict[str, Any], kinds: list[str]) -> dict[st
             if name != BASELINE:
                 entry[f"{kind}_ratio"] = round(statistics.median(ratios), 4)
                 entry[f"{kind}_ratio_95"] = _interval(ratios, rng)
-    if samples.peak_bytes[BASELINE]:
-        size_bytes = about["parameters"] * PARAMETER_BYTES
-        plain = statistics.median(samples.peak_bytes[BASELINE])
-        for name, rises in samples.peak_bytes.items():
-            beside = statistics.median(rises) - plain
-            result[name]["step_memory_mib"] = round(statistics.median(rises) / 2**20, 2)
-            result[name]["memory_beside_ddp_percent_of_parameters"] = round(100 * beside / size_bytes, 2)
+    size_bytes = about["parameters"] * PARAMETER_BYTES
+    for name, made in samples.step_bytes.items():
+        beside = made - samples.step_bytes[BASELINE]
+        result[name]["step_allocates_mib"] = round(made / 2**20, 3)
+        result[name]["beside_ddp_percent_of_parameters"] = round(100 * beside / size_bytes, 3)
     for kind in kinds:
         low, high = result["ddp again"][f"{kind}_ratio_95"]
         result[f"{kind}_noise_is_narrower_than_the_claim"] = high - low < CLAIM - 1
@@ -90,8 +113,6 @@ def _interval(ratios: list[float], rng: random.Random) -> list[float]:
     return [round(medians[25], 4), round(medians[974], 4)]
 
 
-def _status_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError(f"/proc/self/status has no {name}")
+def _memory_of(tensor: Tensor) -> int:
+    address: int = tensor.untyped_storage().data_ptr()
+    return address

@@ -219,6 +219,21 @@ def unsynchronised_micro_batches() -> None:
             loop.check(loop.oracle.gain(3.0 * len(sums)))
 
 
+def orthogonal_contributions_in_two_unsynchronised_micro_batches() -> None:
+    """Every sample of every rank and micro-batch has a direction of its own, so the gain is the scale."""
+    world = dist.get_world_size()
+    model = nn.Linear(2 * world, 2, bias=False)
+    wrapped = DistributedDataParallel(model)
+    ada = AdaScale(
+        torch.optim.SGD(model.parameters(), lr=LR), wrapped, base_batch_size=1, batch_size=1, accumulation_steps=2
+    )
+    for micro in range(2):
+        with wrapped.no_sync() if micro == 0 else contextlib.nullcontext():
+            backward(wrapped(torch.eye(2 * world)[dist.get_rank() + micro * world]).sum() / 2)
+    ada.step()
+    assert ada.gain == pytest.approx(2.0 * world, rel=1e-6)
+
+
 def adamscale_measures_the_buckets_as_adam_scales_them() -> None:
     """Against one process with a micro-batch for each rank."""
     world = dist.get_world_size()
@@ -312,6 +327,7 @@ VARIANTS: dict[str, Callable[[], None]] = {
         compiled_outside,
         compiled_inside,
         unsynchronised_micro_batches,
+        orthogonal_contributions_in_two_unsynchronised_micro_batches,
         adamscale_measures_the_buckets_as_adam_scales_them,
         the_state_goes_on_at_another_world_size,
         two_ranks_then_one_then_two,
