@@ -63,6 +63,11 @@ class ScriptedJobs(rpc.JobsServicer):
     def ScaleJob(self, request: Any, context: Any) -> pb.ScaleJobResponse:
         return pb.ScaleJobResponse(job=self._find(request, context))
 
+    def SetAutoscale(self, request: Any, context: Any) -> pb.SetAutoscaleResponse:
+        found = self._find(request, context)
+        found.autoscale.MergeFrom(request.autoscale)
+        return pb.SetAutoscaleResponse(job=found)
+
     def PauseJob(self, request: Any, context: Any) -> pb.PauseJobResponse:
         return pb.PauseJobResponse(job=self._find(request, context))
 

@@ -58,6 +58,7 @@ def _job() -> jobs_pb2.Job:
     job.progress.generation = 3
     job.progress.generation_steps = 12
     job.progress.tau = 400
+    job.progress.step = 300
     return job
 
 
@@ -74,7 +75,9 @@ def test_plain_output_tells_what_happens_and_why() -> None:
     with Screen(Console(file=output, width=120), plain=True, target_tau=2000) as screen:
         screen.tell("A second node comes [really].")
         screen.event(jobs_pb2.Event(kind="node_lost", reason="node-1 is lost: its stream closed"))
+        screen.event(jobs_pb2.Event(kind="checkpoint_committed", reason="step 12 is saved"))
         screen.show(_job())
+    assert "checkpoint_committed" not in output.getvalue(), "one every other second"
     assert "A second node comes [really]." in output.getvalue()
     assert "node_lost: node-1 is lost: its stream closed" in output.getvalue()
 

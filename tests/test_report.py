@@ -10,10 +10,15 @@ from pathlib import Path
 import pytest
 from harness.controller import STRETTO, ControllerProcess
 from harness.raw_job import PATIENT_LIMITS, RawJob, eventually
+from saving.training import damage
+from stretto.checkpoint import Checkpointer
 from stretto.report.charts import Line, chart
 from stretto.report.page import page
+from stretto.report.run import Run
+from stretto.report.saved import from_checkpoints
 from stretto_proto.v1 import jobs_pb2
 from stretto_proto.v1 import types_pb2 as types
+from trainer_run import Plan, train
 
 HOSTILE = "<script>alert(1)</script>\"'&"
 
@@ -63,7 +68,7 @@ def hostile_page() -> str:
     )
     event = jobs_pb2.Event(sequence=1, time_s=1e9, kind=HOSTILE, reason=HOSTILE)
     job = jobs_pb2.Job(name=HOSTILE, phase=HOSTILE, reason=HOSTILE, spec=types.JobSpec(target_tau=100))
-    return page(job, points(50), [generation], [event])
+    return page(Run(HOSTILE, job, points(50), [generation], [event]))
 
 
 def test_the_page_is_self_contained_and_has_all_pictures() -> None:
@@ -80,7 +85,7 @@ def test_hostile_names_and_reasons_stay_text() -> None:
 
 
 def test_a_job_without_points_has_a_page_too() -> None:
-    html = page(jobs_pb2.Job(name="a", phase="pending"), jobs_pb2.ListPointsResponse(), [], [])
+    html = page(Run("nobody", jobs_pb2.Job(name="a", phase="pending"), jobs_pb2.ListPointsResponse(), [], []))
     assert "No point was reported" in html
 
 
@@ -130,3 +135,58 @@ def test_a_controllers_job_is_written_to_a_file(tmp_path: Path) -> None:
         assert missing.returncode == 1
         assert "nobody" in missing.stderr
         assert not (tmp_path / "no.html").exists()
+
+
+def test_a_folder_of_checkpoints_tells_the_run(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    plan = Plan(checkpoint=str(folder), target_tau=30.0, settings={"checkpoint_interval_steps": 5})
+    reports, _ = train(plan)
+    run = from_checkpoints(str(folder))
+    assert run.job.name == "checkpoints"
+    assert run.job.spec.target_tau == 30.0
+    assert list(run.points.step) == [report.step for report in reports]
+    assert list(run.points.tau) == [report.tau for report in reports]
+    assert list(run.points.loss) == [report.loss for report in reports]
+    (generation,) = run.generations
+    assert (generation.steps, generation.generation.world_size) == (len(reports), 1)
+    assert (generation.first_tau, generation.last_tau) == (reports[0].tau, reports[-1].tau)
+    assert [event.kind for event in run.events] == ["checkpoint_committed"] * 3, "as many as are kept"
+
+    # Where the newest is damaged the one before it tells what it knows.
+    newest = max(folder.glob("generation-*"))
+    damage(newest / "rank-00000.json", "flip a bit")
+    earlier = list(from_checkpoints(str(folder)).points.step)
+    assert 0 < len(earlier) < len(reports)
+    assert earlier == [report.step for report in reports][: len(earlier)]
+
+
+def test_checkpoints_of_a_loop_of_ones_own_tell_when_they_were_written(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path, job="mine")
+    for step in (10, 20):
+        checkpointer.save({"seen": step}, step=step, tau=1.5 * step, generation=1)
+    damage(tmp_path / max(each.name for each in tmp_path.glob("generation-*")) / "manifest.json", "truncate")
+    checkpointer.save({"seen": 30}, step=30, tau=45.0, generation=2)
+    run = from_checkpoints(str(tmp_path))
+    assert run.job.name == "mine"
+    assert list(run.points.tau) == [15.0, 45.0]
+    assert [event.kind for event in run.events] == ["checkpoint_committed", "not_whole", "checkpoint_committed"]
+    elements = parsed(page(run))
+    assert "mine" in elements.texts
+    assert elements.tags.count("svg") == 2, "tau and its rate; of the rest nothing is known"
+
+
+def test_the_command_writes_a_report_from_checkpoints_alone(tmp_path: Path) -> None:
+    train(Plan(checkpoint=str(tmp_path / "checkpoints"), target_tau=20.0))
+
+    def report(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [STRETTO, "report", *arguments, "-o", str(tmp_path / "report.html")]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    empty = report("--checkpoints", str(tmp_path))
+    assert (empty.returncode, "holds no whole checkpoint" in empty.stderr) == (1, True)
+    both = report("job", "--checkpoints", str(tmp_path))
+    assert (both.returncode, "either a job's name" in both.stderr) == (2, True)
+    assert not (tmp_path / "report.html").exists()
+    done = report("--checkpoints", str(tmp_path / "checkpoints"))
+    assert done.returncode == 0, done.stderr
+    assert parsed((tmp_path / "report.html").read_text()).tags.count("svg") == 5

@@ -61,6 +61,25 @@ def test_everything_fits_into_80_columns() -> None:
     assert "host-1" in shown
 
 
+def test_the_best_size_is_told_with_its_reason_and_the_rates_expected() -> None:
+    shown = job("a")
+    shown.recommendation.CopyFrom(
+        types.Recommendation(
+            nodes=3,
+            reason="a fourth node would bring 31 % of what the first does",
+            sizes=[
+                types.SizePrediction(nodes=1, progress_rate=100.0, seen=True),
+                types.SizePrediction(nodes=3, progress_rate=241.6),
+            ],
+        )
+    )
+    lines = text(Picture(jobs=[shown], selected="a")).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert next(line for line in lines if line.startswith("a ")).split()[3] == "3"
+    assert any("best 3: a fourth node would bring 31 %" in line for line in lines)
+    assert any("1: 100  3: 242?" in line for line in lines)
+
+
 def test_markup_in_names_and_reasons_is_text() -> None:
     evil = job("a")
     evil.reason = "[red]boo[/] [link=x]"

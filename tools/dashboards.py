@@ -264,6 +264,16 @@ def _job_training(board: Dashboard) -> None:
         minimum=0,
         description="(r - 1) / (S - 1). Empty while S is 1.",
     )
+    quantiles = {"lowest layer": "0", "median": "0.5", "highest": "1"}
+    ratio = "stretto_adasum_orthogonality_ratio"
+    board.add(
+        "timeseries",
+        "Orthogonality of the ranks' gradients",
+        "percentunit",
+        {name: _of_job(ratio, f',quantile="{quantile}"') for name, quantile in quantiles.items()},
+        minimum=0,
+        description="Under the Adasum rules: 100 % where the ranks' gradients are orthogonal, 1/n where all are alike.",
+    )
 
 
 def _job_changes(board: Dashboard) -> None:

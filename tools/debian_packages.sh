@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs Debian packages that some tests need, where that is possible: debian_packages.sh COMMAND=PACKAGE...
-# Elsewhere it says what is missing; the tests that need it say so too.
+# Elsewhere it says what is missing; the tests that need it fail, and say so too.
 # No service of theirs is started, neither now nor at the next boot: tests start what they need themselves.
 set -euo pipefail
 

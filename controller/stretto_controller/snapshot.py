@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from stretto_controller.core import pace
+from stretto_controller.core.goodput.prediction import Recommendation
 from stretto_controller.core.model import JobState, Node, Record
 from stretto_controller.core.report import Progress
 from stretto_controller.curve import Curve
@@ -51,6 +52,11 @@ class JobView:
     def progress_rate(self) -> float:
         """d(tau)/dt in iterations per second; 0.0 until known."""
         return self.figures.rate.value(self.now_s)
+
+    @property
+    def recommendation(self) -> Recommendation | None:
+        """Which size is best; None until it was looked at."""
+        return self.state.live.recommendation
 
     @property
     def remaining_s(self) -> float:

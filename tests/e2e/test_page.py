@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections.abc import Iterator
 from importlib.resources import files
@@ -12,10 +13,14 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from harness.agents import Agents
 from harness.browser import Window, chromium
+from harness.certificates import Authority
 from harness.controller import ControllerProcess
 from harness.live_job import LiveJob
 from harness.raw_job import PATIENT_LIMITS, RawJob
 from playwright.sync_api import Browser, Page, expect
+from stretto.client import JobsClient
+from stretto_controller.auth.access import Principal, Role
+from stretto_controller.auth.tokens import line_of, new_token
 from stretto_proto.v1 import jobs_pb2 as jobs
 from stretto_proto.v1 import types_pb2 as types
 
@@ -71,6 +76,11 @@ def train(job: RawJob, first: int, last: int) -> None:
         )
         worker.alive(step, median_step_s=0.02)
         time.sleep(0.01)
+
+
+def points(controller: ControllerProcess) -> int:
+    """Of job a's curve: a busy controller takes many steps in one go, and keeps one of them."""
+    return len(controller.get("/api/v1/jobs/a/history")["points"]["tau"])
 
 
 def axe(page: Page) -> list[str]:
@@ -167,8 +177,10 @@ def test_a_story_is_watched_and_steered(browser: Browser, tmp_path: Path) -> Non
         before = page.locator("figure[data-chart=tau] .values").inner_text()
         expect(page.locator("figure[data-chart=tau] .values")).not_to_have_text(before, timeout=PATIENCE_MS)
         shown = page.locator(".timeline li").evaluate_all("lines => lines.map((line) => Number(line.dataset.sequence))")
-        kept = [event["sequence"] for event in controller.get("/api/v1/jobs/job/events")["events"]]
-        assert shown[::-1] == [sequence for sequence in kept if sequence <= shown[0]][-200:], "each event once"
+        kept = [event for event in controller.get("/api/v1/jobs/job/events")["events"] if event["sequence"] <= shown[0]]
+        # The steps of one change, which have one reason, are one entry.
+        ends = [one["sequence"] for one, after in itertools.pairwise(kept) if one["reason"] != after["reason"]]
+        assert shown[::-1] == [*ends, kept[-1]["sequence"]], "each event once"
         window.close()
 
         # Who opens the page only now sees the whole run, as far as it was saved.
@@ -244,6 +256,8 @@ def test_hostile_names_and_reasons_stay_text(controller: ControllerProcess, wind
               const shown = new JobPage(hostile, () => {});
               document.body.append(shown.root);
               evil.checkpoint = { path: hostile, step: 1, tau: 1, generation: 1, size_bytes: 1, time_s: 1 };
+              evil.recommendation = { nodes: 1, reason: hostile, sizes: [], remaining_s: 1 };
+              evil.autoscale = { mode: hostile, goal: hostile };
               const points = { time_s: [] };
               shown.take({ anew: false, job: evil, events: [event], generations: [generation], points });
               const fleet = new Fleet();
@@ -270,23 +284,58 @@ def test_a_script_in_the_page_would_not_run(controller: ControllerProcess, brows
     page.close()
 
 
-def test_a_controller_that_wants_a_token_is_given_one(controller: ControllerProcess, window: Window) -> None:
-    page = window.page
+def give(page: Page, token: str) -> None:
+    page.locator("#token").fill(token)
+    page.get_by_role("button", name="Go on").click()
 
-    def guard(route: object) -> None:
-        request = route.request  # type: ignore[attr-defined]  # playwright's Route
-        if request.headers.get("authorization") == "Bearer right":
-            route.continue_()  # type: ignore[attr-defined]
-        else:
-            route.fulfill(status=401, body="{}")  # type: ignore[attr-defined]
 
-    page.route("**/api/**", guard)
-    page.goto(controller.http)
-    for given in ("wrong", "right"):
-        page.locator("#token").fill(given)
-        page.get_by_role("button", name="Go on").click()
-    expect(page.get_by_text("No jobs yet.")).to_be_visible(timeout=PATIENCE_MS)
-    assert page.evaluate("localStorage.length") == 0, "a token is not kept beyond its tab"
+def test_a_secured_controller_lets_a_viewer_look_and_an_admin_act(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real certificates, real tokens."""
+    authority = Authority(tmp_path / "tls")
+    issued = authority.issue("IP:127.0.0.1")
+    admin, viewer = new_token(), new_token()
+    tokens = tmp_path / "tokens"
+    tokens.write_text(f"{line_of(Principal(Role.ADMIN), admin)}\n{line_of(Principal(Role.VIEWER), viewer)}\n")
+    security = {"TLS_CERT": str(issued.cert), "TLS_KEY": str(issued.key), "TOKENS": str(tokens)}
+    settings = {f"STRETTO_SECURITY_{name}": value for name, value in security.items()}
+    with ControllerProcess(tmp_path, **settings) as controller:
+        monkeypatch.setenv("STRETTO_TLS_CA", str(authority.ca))
+        monkeypatch.setenv("STRETTO_TOKEN", admin)
+        page = browser.new_page(ignore_https_errors=True)
+        assert controller.http.startswith("https://")
+        page.goto(controller.http)
+
+        # Who gives none is asked again only when asked to be.
+        page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
+        expect(page.locator("#connection")).to_contain_text("no token", timeout=PATIENCE_MS)
+        page.get_by_role("button", name="Give a token").click()
+        give(page, "wrong")
+        expect(page.get_by_role("dialog")).to_contain_text("not known here", timeout=PATIENCE_MS)
+        give(page, viewer)
+        expect(page.get_by_text("No jobs yet.")).to_be_visible(timeout=PATIENCE_MS)
+        assert page.evaluate("localStorage.length") == 0, "a token is not kept beyond its tab"
+
+        with JobsClient(controller.grpc) as client:
+            client.create("a", types.JobSpec(min_nodes=1, max_nodes=4, mode=types.RECONFIGURE_MODE_IN_PROCESS))
+            page.get_by_role("link", name="a", exact=True).click(timeout=PATIENCE_MS)
+            scale(page, 3)
+            expect(page.get_by_role("dialog")).to_contain_text("a token of viewer may not do this", timeout=PATIENCE_MS)
+            page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
+            expect(page.locator(".answer")).to_contain_text("Not done: a token of viewer", timeout=PATIENCE_MS)
+            assert client.get("a").desired_nodes == 4
+            scale(page, 3)
+            give(page, admin)
+            expect(page.locator(".answer")).to_contain_text("3 nodes are wanted now", timeout=PATIENCE_MS)
+            assert client.get("a").desired_nodes == 3
+        page.close()
+
+
+def scale(page: Page, nodes: int) -> None:
+    page.get_by_role("button", name="Scale").click()
+    page.get_by_label("Nodes that the job should have").fill(str(nodes))
+    page.get_by_role("dialog").get_by_role("button", name="Scale").click()
 
 
 def test_everything_can_be_done_from_the_keyboard(controller: ControllerProcess, window: Window) -> None:
@@ -310,6 +359,29 @@ def test_everything_can_be_done_from_the_keyboard(controller: ControllerProcess,
         expect(page.locator(".answer")).to_contain_text("1 node is wanted", timeout=PATIENCE_MS)
 
 
+def show_sizes(page: Page) -> None:
+    """The card of sizes with a recommendation: a real one takes minutes of different sizes."""
+    page.evaluate(
+        """async () => {
+          const { sizePart } = await import("/static/size.js");
+          const size = (nodes, progress_rate, seen, extrapolated) => ({
+            nodes, world_size: nodes, scale: nodes, gain: 1 + nodes / 3, step_seconds: 0.05, progress_rate,
+            marginal_efficiency: 1 / nodes, seen, extrapolated });
+          const sizes = [
+            size(1, 20, true, false), size(2, 31, true, false), size(3, 38, false, false), size(8, 52, false, true)];
+          const reason = "a third node would bring 33 % of what one brings alone";
+          const recommendation = { nodes: 2, reason, sizes, remaining_s: 61 };
+          const autoscale = { mode: "recommend", goal: "progress" };
+          const part = sizePart({ recommendation, autoscale, desired_nodes: 3 });
+          part.id = "sizes";
+          document.querySelector("article section").append(part);
+        }"""
+    )
+    sizes = page.locator("#sizes")
+    for words in ("2 nodes: a third node would bring 33 %", "done in 1 min 1 s", "2 (best)", "3 (wanted)", "a guess"):
+        expect(sizes).to_contain_text(words)
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
 def test_the_page_is_readable_for_everyone(
     controller: ControllerProcess, browser: Browser, tmp_path: Path, width: int, scheme: str
@@ -323,13 +395,19 @@ def test_the_page_is_readable_for_everyone(
         for worker in job.workers.values():
             worker.place()
         train(job, 1, 60)
+        while points(controller) < 10:
+            train(job, 60, 61)
         page.goto(controller.http)
         expect(page.get_by_role("link", name="a", exact=True)).to_be_visible(timeout=PATIENCE_MS)
         assert axe(page) == []
         page.screenshot(path=tmp_path / f"fleet-{width}-{scheme}.png", full_page=True)
         page.get_by_role("link", name="a", exact=True).click()
         expect(page.locator("figure[data-chart=loss] .values")).to_contain_text("loss 0.", timeout=PATIENCE_MS)
+        show_sizes(page)
         assert axe(page) == []
+        page.get_by_role("button", name="Scale").click()
+        assert axe(page) == []
+        page.keyboard.press("Escape")
         page.screenshot(path=tmp_path / f"job-{width}-{scheme}.png", full_page=True)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, "it scrolls sideways"
         assert min(lines(page)) > 250, "a chart is empty"

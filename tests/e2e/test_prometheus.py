@@ -14,16 +14,19 @@ from typing import Any
 import pytest
 from harness.agents import Agents
 from harness.controller import ControllerProcess
+from harness.installed import installed
 from harness.live_job import LiveJob
-from harness.prometheus import DEPLOY, Prometheus, installed
+from harness.prometheus import DEPLOY, Prometheus
+from harness.raw_job import PATIENT_LIMITS, RawJob
 from stretto_controller.metrics import COUNTER, FAMILIES, HISTOGRAM
+from stretto_proto.v1 import types_pb2 as types
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
 ROOT = Path(__file__).parents[2]
 DASHBOARDS = ROOT / "deploy" / "grafana" / "dashboards"
 _VARIABLES = {"$training_job": "job", "$__rate_interval": "10s", "$__range": "10m", "$__interval": "10m"}
-# This job's rule is adascale.
+# This job's rule is adascale; test_the_panels_of_adasum_get_data has the others.
 _OF_OTHER_RULES = {"stretto_adasum_orthogonality_ratio"}
 _SELECTOR = re.compile(r"stretto[_:][a-z_:]*(?:\{[^}]*\})?")
 
@@ -157,8 +160,28 @@ def test_every_query_of_every_dashboard_gets_data(watched: Watched) -> None:
     for where, expression in queries:
         for name in re.findall(r"stretto[_:][a-z_:]*", expression):
             assert name in _names() | recorded, f"{where}: nothing exports {name}"
+        if any(name in expression for name in _OF_OTHER_RULES):
+            continue
         # Some look at the latest seconds: what they wait for comes with the next scrape.
         watched.prometheus.until(lambda e=expression: watched.prometheus.query(e), f"{where}: no data: {expression}")
+
+
+def test_the_panels_of_adasum_get_data(tmp_path: Path) -> None:
+    """From a job whose workers report as those under an Adasum rule do."""
+    with (
+        ControllerProcess(tmp_path, **PATIENT_LIMITS) as controller,
+        Prometheus(tmp_path / "prometheus", controller.http.removeprefix("http://")) as prometheus,
+        RawJob(controller) as job,
+    ):
+        worker = job.pair()[0]
+        progress = types.Progress(generation=worker.generation, step=11, tau=11.0, orthogonality=[0.5, 0.75, 1.0])
+        worker.say(progress=progress)
+        queries = [
+            expression for _, expression in _dashboard_queries() if any(n in expression for n in _OF_OTHER_RULES)
+        ]
+        for expression, value in zip(queries, (0.5, 0.75, 1.0), strict=True):
+            wanted = expression.replace('"job"', '"a"') + f" == {value}"
+            prometheus.until(lambda e=wanted: prometheus.query(e), f"no data: {wanted}")
 
 
 def test_every_alert_has_its_runbook_and_every_runbook_its_alert(watched: Watched) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import pytest
 from harness.controller import ControllerProcess
-from harness.etcd import EtcdCluster, needs_etcd
+from harness.etcd import EtcdCluster
 from stretto.client import JobsClient
 from stretto.errors import Retry
 from stretto.stream import ReconnectingStream, StreamSettings
@@ -25,7 +25,7 @@ from stretto_proto.v1 import types_pb2 as types
 from stretto_proto.v1.jobs_pb2_grpc import JobsStub
 from stretto_proto.v1.rendezvous_pb2_grpc import RendezvousStub
 
-pytestmark = [pytest.mark.e2e, needs_etcd]
+pytestmark = pytest.mark.e2e
 WAIT_S = 60.0
 SPEC = types.JobSpec(min_nodes=1, max_nodes=3, mode=types.RECONFIGURE_MODE_RESTART)
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
-from harness.prometheus import installed
+from harness.installed import installed
 
 # For whatever a page waits for, on a busy machine.
 PATIENCE_MS = 60_000.0

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
-OPENSSL = shutil.which("openssl")
-needs_openssl = pytest.mark.skipif(OPENSSL is None, reason="needs openssl, and it is not installed")
+from harness.installed import installed
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,5 +47,4 @@ class Authority:
 
 
 def _openssl(*arguments: str) -> None:
-    assert OPENSSL is not None
-    subprocess.run([OPENSSL, *arguments], check=True, capture_output=True)
+    subprocess.run([installed("openssl"), *arguments], check=True, capture_output=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,12 +16,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import pytest
 from stretto_controller.settings import EtcdSettings
 
+from harness.installed import installed
+
 _START_LIMIT_S = 60.0
-ETCD = shutil.which("etcd")
-needs_etcd = pytest.mark.skipif(ETCD is None, reason="needs etcd (Debian: etcd-server), and it is not installed")
 
 
 class EtcdCluster:
@@ -61,14 +59,13 @@ class EtcdCluster:
 
     def start(self, node: int) -> None:
         """Start a node, with what it stored before."""
-        assert ETCD is not None
         client, peer = self._client_ports[node], self._peer_ports[node]
         peers = ",".join(f"n{i}=http://127.0.0.1:{port}" for i, port in enumerate(self._peer_ports))
         self._directory.mkdir(parents=True, exist_ok=True)
         log = (self._directory / f"etcd{node}.log").open("ab")
         self._processes[node] = subprocess.Popen(
             [
-                *(ETCD, "--name", f"n{node}", "--data-dir", str(self._directory / f"etcd{node}")),
+                *(installed("etcd"), "--name", f"n{node}", "--data-dir", str(self._directory / f"etcd{node}")),
                 *("--listen-client-urls", f"{self._scheme}://127.0.0.1:{client}"),
                 *("--advertise-client-urls", f"{self._scheme}://127.0.0.1:{client}"),
                 *("--listen-peer-urls", f"http://127.0.0.1:{peer}"),

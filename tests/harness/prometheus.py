@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 import subprocess
 import time
@@ -13,16 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from harness.installed import installed
+
 DEPLOY = Path(__file__).parents[2] / "deploy" / "prometheus"
 # For its start, and for one scrape, on a busy machine.
 PATIENCE_S = 60.0
-
-
-def installed(command: str) -> str:
-    """The path of a command that `make test` installs."""
-    path = shutil.which(command)
-    assert path is not None, f"{command} is not installed; `make test` installs it (tools/debian_packages.sh)"
-    return path
 
 
 class Prometheus:

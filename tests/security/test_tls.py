@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from harness.bench import SPEC, Bench
-from harness.certificates import Authority, Issued, needs_openssl
+from harness.certificates import Authority, Issued
 from stretto.client import JobsClient
 from stretto.commands.doctor import examine
 from stretto.credentials import VARIABLES
@@ -24,8 +24,6 @@ from stretto_controller.service.server import GrpcServer
 from stretto_controller.settings import ServiceLimits, Settings
 from stretto_controller.web.app import build_app
 from stretto_controller.web.server import HttpServer
-
-pytestmark = needs_openssl
 
 
 class Secured:

@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
-from harness.etcd import EtcdCluster, needs_etcd
+from harness.etcd import EtcdCluster
 from stretto_controller.core.model import JobSpec, Record
 from stretto_controller.settings import EtcdSettings
 from stretto_controller.store.contents import Leader, Save, StoreError
@@ -28,8 +28,6 @@ from stretto_controller.store.etcd.connection import (
 )
 from stretto_controller.store.etcd.store import EtcdStore
 from stretto_proto.v1 import etcd_pb2 as etcd
-
-pytestmark = needs_etcd
 
 RECORD = Record("a", JobSpec(min_nodes=1, max_nodes=4))
 ME = Leader("127.0.0.1:29400", "http://127.0.0.1:8080")

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from harness.etcd import ETCD, EtcdCluster
+from harness.etcd import EtcdCluster
 from stretto_controller.core.model import Cause, Generation, JobSpec, Member, Node, Record
 from stretto_controller.curve import Point
 from stretto_controller.store.contents import (
@@ -39,10 +39,7 @@ def summary(number: int, incarnation: int = 1) -> GenerationSummary:
 
 
 @pytest.fixture(scope="module")
-def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdCluster | None]:
-    if ETCD is None:
-        yield None
-        return
+def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdCluster]:
     with EtcdCluster(tmp_path_factory.mktemp("etcd")) as cluster:
         yield cluster
 
@@ -80,10 +77,9 @@ class Terms:
 
 
 @pytest.fixture(params=["sqlite", "etcd"])
-async def terms(request: pytest.FixtureRequest, tmp_path: Path, etcd: EtcdCluster | None) -> AsyncIterator[Terms]:
-    if request.param == "etcd" and etcd is None:
-        pytest.skip("needs etcd (Debian: etcd-server), and it is not installed")
-    terms = Terms(tmp_path, etcd if request.param == "etcd" else None, f"/{request.node.name}/")
+async def terms(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Terms]:
+    etcd = request.getfixturevalue("etcd") if request.param == "etcd" else None
+    terms = Terms(tmp_path, etcd, f"/{request.node.name}/")
     yield terms
     await terms.end()
 

@@ -84,6 +84,11 @@ class JobsClient:
         request = jobs_pb2.ScaleJobRequest(job=job, nodes=nodes)
         return self._ask("ScaleJob", request, jobs_pb2.ScaleJobResponse).job
 
+    def set_autoscale(self, job: str, autoscale: types_pb2.Autoscale) -> jobs_pb2.Job:
+        """How the job's size is chosen from now on. Fields that are zero stay as they are."""
+        request = jobs_pb2.SetAutoscaleRequest(job=job, autoscale=autoscale)
+        return self._ask("SetAutoscale", request, jobs_pb2.SetAutoscaleResponse).job
+
     def pause(self, job: str) -> jobs_pb2.Job:
         """Save, stop the workers, keep the nodes."""
         return self._ask("PauseJob", jobs_pb2.PauseJobRequest(job=job), jobs_pb2.PauseJobResponse).job

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset
 from stretto.adascale import AdaScale
 from stretto.checkpoint import Checkpointer
 from stretto.checkpoint.timetable import Interval
+from stretto.chronicle import Chronicle
 from stretto.combining import Combining
 from stretto.errors import Fatal
 from stretto.feed import Feed, Share, StepPlan, check_dataset
@@ -94,6 +96,7 @@ class ElasticTrainer:
         self._base_batch_size = base_batch_size
         self._batch_size, self._global_batch_size = batch_size, global_batch_size
         self._target_tau = float(target_tau)
+        self._chronicle = Chronicle(self._target_tau)
         self._position = Position(seed=self._settings.seed, base_batch_size=base_batch_size)
         self._skipped = self._logged_step = 0
         self._iterated = False
@@ -246,6 +249,7 @@ class ElasticTrainer:
             return
         # Each rank's buffers may come from its own samples; rank 0's count.
         bits = self._combining.shared(state)
+        del bits["chronicle"]  # with each rank's own times
         bits["model"] = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         if not world.check_equal(fingerprint(bits)):
             raise Fatal(
@@ -298,7 +302,9 @@ class ElasticTrainer:
         self._count_skipped(outcome.skipped)
         self._position.advance(plan, self._sampler)
         report = self._report(world, outcome)
-        world.stepped(outcome.agreed, self._figures(report, plan, outcome))
+        figures = self._figures(report, plan, outcome)
+        self._chronicle.note(figures, generation=world.number, workers=world.world_size, time_s=time.time())
+        world.stepped(outcome.agreed, figures)
         return report
 
     def _count_skipped(self, skipped: bool) -> None:
@@ -356,6 +362,7 @@ class ElasticTrainer:
             "optimizer": self._optimizer,
             "sampler": self._sampler,
             "training": self._position,
+            "chronicle": self._chronicle,
             **self._combining.state(),
             **self._settings.named_state(),
         }

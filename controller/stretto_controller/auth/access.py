@@ -46,6 +46,7 @@ RPCS: dict[str, Access] = {
     "/stretto.v1.Jobs/CreateJob": Access.CHANGE_JOB,
     "/stretto.v1.Jobs/CheckpointJob": Access.CHANGE_JOB,
     "/stretto.v1.Jobs/ScaleJob": Access.CHANGE_JOB,
+    "/stretto.v1.Jobs/SetAutoscale": Access.CHANGE_JOB,
     "/stretto.v1.Jobs/PauseJob": Access.CHANGE_JOB,
     "/stretto.v1.Jobs/ResumeJob": Access.CHANGE_JOB,
     "/stretto.v1.Jobs/DrainNode": Access.CHANGE_JOB,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from stretto_controller.core.goodput.autoscale import AutoscaleChange
 from stretto_controller.core.model import JobSpec, Ready, WorkerReady
 from stretto_controller.core.report import NO_PACE, Checkpoint, Pace, Progress
 
@@ -14,6 +15,7 @@ class JobCreated:
 
     spec: JobSpec
     desired_nodes: int = 0
+    autoscale: AutoscaleChange = field(default_factory=AutoscaleChange)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +158,13 @@ class ScaleRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class AutoscaleRequested:
+    """How the job's size is chosen from now on."""
+
+    change: AutoscaleChange
+
+
+@dataclass(frozen=True, slots=True)
 class PauseRequested:
     pass
 
@@ -209,6 +218,7 @@ Event = (
     | CheckpointCommitted
     | CheckpointFailed
     | ScaleRequested
+    | AutoscaleRequested
     | PauseRequested
     | ResumeRequested
     | DrainRequested

@@ -10,6 +10,7 @@ from stretto_controller.core import liveness, membership, pace, workers
 from stretto_controller.core.actions import Decision, Dismiss, FenceWorker, Forget
 from stretto_controller.core.draft import Draft
 from stretto_controller.core.errors import Rejected
+from stretto_controller.core.goodput import review
 from stretto_controller.core.limits import Limits
 from stretto_controller.core.model import JobSpec, JobState, Phase, Record
 from stretto_controller.core.reconsider import reconsider
@@ -114,6 +115,7 @@ def _created(draft: Draft, event: ev.JobCreated) -> None:
     draft.update(spec=draft.record.spec.merged(event.spec))
     if event.desired_nodes:
         _scale(draft, event.desired_nodes)
+    review.set_autoscale(draft, event.autoscale)
     draft.log("job_created", f"job {draft.record.name} was created")
 
 
@@ -130,6 +132,10 @@ def _scale(draft: Draft, nodes: int) -> None:
 
 def _scale_requested(draft: Draft, event: ev.ScaleRequested) -> None:
     _scale(draft, event.nodes)
+
+
+def _autoscale_requested(draft: Draft, event: ev.AutoscaleRequested) -> None:
+    review.set_autoscale(draft, event.change)
 
 
 def _pause(draft: Draft, event: ev.PauseRequested) -> None:
@@ -187,6 +193,7 @@ _FACTS: Mapping[type, Callable[[Draft, Any], None]] = {
     ev.CheckpointCommitted: workers.checkpointed,
     ev.CheckpointFailed: workers.checkpoint_failed,
     ev.ScaleRequested: _scale_requested,
+    ev.AutoscaleRequested: _autoscale_requested,
     ev.PauseRequested: _pause,
     ev.ResumeRequested: _resume,
     ev.DrainRequested: _drain,

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from stretto_controller.core.errors import Rejected
+from stretto_controller.core.goodput.autoscale import Autoscale
+from stretto_controller.core.goodput.prediction import Recommendation
 from stretto_controller.core.report import NO_PACE, Checkpoint, Pace, Progress
 from stretto_controller.core.roster import Roster
 
@@ -262,6 +264,7 @@ class Record:
     incarnation: int = 1
     desired_nodes: int = 0
     paused: bool = False
+    autoscale: Autoscale = field(default_factory=Autoscale)
     nodes: Mapping[str, Node] = field(default_factory=dict)
     next_order: int = 0
     generation: Generation | None = None
@@ -364,10 +367,14 @@ class Live:
     apart: Mapping[frozenset[str], Apart] = field(default_factory=dict)
     # Nobody is judged by silence before this.
     grace_until_s: float | None = None
+    # Somebody waits to hear that a checkpoint is there.
+    save_asked: bool = False
     # When the target was reached, as far as this controller saw it.
     target_s: float | None = None
     # When this controller began to watch the job.
     watched_s: float = 0.0
+    # What the latest review of its size came to.
+    recommendation: Recommendation | None = None
     ticked_s: float | None = None
 
 

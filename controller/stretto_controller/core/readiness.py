@@ -76,6 +76,8 @@ def ask_to_leave(draft: Draft, reason: str, *, save: bool) -> bool:
     workers = [w for w in draft.live.workers.values() if w.generation == generation.number and not w.closed]
     for worker in workers:
         draft.act(AskToLeave(worker.session_id, generation.number, reason, save))
+    if save and workers:
+        draft.set_live(save_asked=True)
     return bool(workers)
 
 
@@ -85,6 +87,7 @@ def ask_to_save(draft: Draft, reason: str) -> bool:
     for worker in draft.live.workers.values():
         if generation and worker.generation == generation.number and worker.rank == 0 and not worker.closed:
             draft.act(AskToSave(worker.session_id, generation.number, reason))
+            draft.set_live(save_asked=True)
             return True
     return False
 

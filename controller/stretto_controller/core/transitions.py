@@ -46,6 +46,7 @@ TABLE: Mapping[type, Mapping[Phase, Treatment]] = {
     ev.CheckpointCommitted: _row(Treatment.TAKE, Treatment.IGNORE),
     ev.CheckpointFailed: _row(Treatment.TAKE, Treatment.IGNORE),
     ev.ScaleRequested: _row(Treatment.TAKE, Treatment.REFUSE),
+    ev.AutoscaleRequested: _row(Treatment.TAKE, Treatment.REFUSE),
     ev.PauseRequested: _row(Treatment.TAKE, Treatment.REFUSE),
     ev.ResumeRequested: _row(Treatment.TAKE, Treatment.REFUSE),
     ev.DrainRequested: _row(Treatment.TAKE, Treatment.REFUSE),

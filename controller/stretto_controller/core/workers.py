@@ -314,13 +314,18 @@ def checkpointed(draft: Draft, event: ev.CheckpointCommitted) -> None:
     if worker is None or not _counts(draft, generation, event.checkpoint):
         return
     if draft.record.checkpoint != event.checkpoint:
-        checkpoint = event.checkpoint
+        before, checkpoint = draft.record.checkpoint, event.checkpoint
         draft.update(checkpoint=checkpoint)
         if draft.record.in_process:
             # Whoever has less goes on from there: it may be of a step that its writer alone had done.
             saved = Version(checkpoint.generation, checkpoint.step)
             draft.update(lineage=max(draft.record.lineage, saved))
-        draft.log("checkpoint_committed", f"step {checkpoint.step} is saved: {checkpoint.path}", node_id=worker.node_id)
+        # One every few seconds would push what happened to the job out of its kept events.
+        first = before is None or before.generation != checkpoint.generation
+        if first or draft.live.save_asked or draft.live.target_s is not None:
+            reason = f"step {checkpoint.step} is saved: {checkpoint.path}"
+            draft.log("checkpoint_committed", reason, node_id=worker.node_id)
+            draft.set_live(save_asked=False)
 
 
 def checkpoint_failed(draft: Draft, event: ev.CheckpointFailed) -> None:

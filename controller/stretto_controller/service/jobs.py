@@ -15,7 +15,7 @@ from stretto_controller.runner import Runner
 from stretto_controller.service.errors import ANSWERED, abort
 from stretto_controller.service.streaming import Identity
 from stretto_controller.service.streams import Context
-from stretto_controller.wire import checks, inbound, outbound
+from stretto_controller.wire import autoscale, checks, inbound, outbound
 
 Answer = TypeVar("Answer")
 _Method = Callable[["JobsService", Any, Context], Awaitable[Answer]]
@@ -44,7 +44,7 @@ class JobsService(JobsServicer):
     @_answering
     async def CreateJob(self, request: jobs.CreateJobRequest, context: Context) -> jobs.CreateJobResponse:
         desired_nodes = checks.count("desired_nodes", request.desired_nodes)
-        event = ev.JobCreated(inbound.job_spec(request.spec), desired_nodes)
+        event = ev.JobCreated(inbound.job_spec(request.spec), desired_nodes, autoscale.change(request.autoscale))
         return jobs.CreateJobResponse(job=await self._decide(request.job, event))
 
     @_answering
@@ -59,6 +59,11 @@ class JobsService(JobsServicer):
     async def ScaleJob(self, request: jobs.ScaleJobRequest, context: Context) -> jobs.ScaleJobResponse:
         event = ev.ScaleRequested(checks.count("nodes", request.nodes, 1))
         return jobs.ScaleJobResponse(job=await self._decide(request.job, event))
+
+    @_answering
+    async def SetAutoscale(self, request: jobs.SetAutoscaleRequest, context: Context) -> jobs.SetAutoscaleResponse:
+        event = ev.AutoscaleRequested(autoscale.change(request.autoscale))
+        return jobs.SetAutoscaleResponse(job=await self._decide(request.job, event))
 
     @_answering
     async def PauseJob(self, request: jobs.PauseJobRequest, context: Context) -> jobs.PauseJobResponse:

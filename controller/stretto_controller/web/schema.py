@@ -71,7 +71,15 @@ class CheckpointOut(BaseModel):
     tau: float
     path: str
     size_bytes: int
-    time_s: float
+    duration_s: float
+    time_s: float = Field(description="seconds since the Unix epoch")
+
+
+class SavesOut(BaseModel):
+    """Of the checkpoints that were committed since this controller started."""
+
+    count: int
+    mean_s: float | None = Field(description="how long one took to write")
 
 
 class JobOut(BaseModel):
@@ -81,6 +89,7 @@ class JobOut(BaseModel):
     reason: str
     paused: bool
     desired_nodes: int
+    saves: SavesOut
     spec: Spec
     nodes: list[NodeOut]
     generation: GenerationOut | None
@@ -175,7 +184,7 @@ def known(value: float) -> float | None:
 
 def job_out(view: JobView) -> JobOut:
     record, progress, checkpoint = view.record, view.progress, view.record.checkpoint
-    spec = record.spec
+    spec, saves = record.spec, view.figures.checkpoint_seconds.histogram
     return JobOut(
         name=record.name,
         incarnation=record.incarnation,
@@ -183,6 +192,7 @@ def job_out(view: JobView) -> JobOut:
         reason=record.reason,
         paused=record.paused,
         desired_nodes=record.wanted_nodes,
+        saves=SavesOut(count=saves.count, mean_s=saves.sum / saves.count if saves.count else None),
         spec=Spec(
             min_nodes=spec.min_nodes,
             max_nodes=spec.max_nodes,
@@ -230,6 +240,7 @@ def job_out(view: JobView) -> JobOut:
             tau=checkpoint.tau,
             path=checkpoint.path,
             size_bytes=checkpoint.size_bytes,
+            duration_s=checkpoint.duration_s,
             time_s=view.marks.checkpoint_s,
         )
         if checkpoint

@@ -16,6 +16,7 @@ from stretto_controller.core.report import Checkpoint, Histogram, Progress
 from stretto_controller.sessions import StreamAction
 from stretto_controller.snapshot import JobView
 from stretto_controller.store.contents import GenerationSummary, StoredEvent
+from stretto_controller.wire import autoscale
 from stretto_controller.wire.inbound import PROTOCOL_VERSION
 
 _MODES = {
@@ -146,6 +147,8 @@ def job(view: JobView) -> jobs.Job:
         progress_rate=view.progress_rate,
         remaining_s=-1.0 if math.isnan(remaining_s) else remaining_s,
         checkpoint=checkpoint(record.checkpoint) if record.checkpoint else None,
+        autoscale=autoscale.autoscale(record.autoscale),
+        recommendation=autoscale.recommendation(view.recommendation) if view.recommendation else None,
     )
 
 

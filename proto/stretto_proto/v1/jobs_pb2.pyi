@@ -74,6 +74,8 @@ class Job(_message.Message):
     PROGRESS_RATE_FIELD_NUMBER: _builtins.int
     REMAINING_S_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
+    AUTOSCALE_FIELD_NUMBER: _builtins.int
+    RECOMMENDATION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     phase: _builtins.str
     """pending, forming, running, reconfiguring, paused, waiting, succeeded or failed."""
@@ -93,6 +95,10 @@ class Job(_message.Message):
     def progress(self) -> _types_pb2.Progress: ...
     @_builtins.property
     def checkpoint(self) -> _types_pb2.CheckpointCommitted: ...
+    @_builtins.property
+    def autoscale(self) -> _types_pb2.Autoscale: ...
+    @_builtins.property
+    def recommendation(self) -> _types_pb2.Recommendation: ...
     def __init__(
         self,
         *,
@@ -107,10 +113,12 @@ class Job(_message.Message):
         progress_rate: _builtins.float = ...,
         remaining_s: _builtins.float = ...,
         checkpoint: _types_pb2.CheckpointCommitted | None = ...,
+        autoscale: _types_pb2.Autoscale | None = ...,
+        recommendation: _types_pb2.Recommendation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "generation", b"generation", "progress", b"progress", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["autoscale", b"autoscale", "checkpoint", b"checkpoint", "generation", b"generation", "progress", b"progress", "recommendation", b"recommendation", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "desired_nodes", b"desired_nodes", "generation", b"generation", "name", b"name", "nodes", b"nodes", "phase", b"phase", "progress", b"progress", "progress_rate", b"progress_rate", "reason", b"reason", "remaining_s", b"remaining_s", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["autoscale", b"autoscale", "checkpoint", b"checkpoint", "desired_nodes", b"desired_nodes", "generation", b"generation", "name", b"name", "nodes", b"nodes", "phase", b"phase", "progress", b"progress", "progress_rate", b"progress_rate", "reason", b"reason", "recommendation", b"recommendation", "remaining_s", b"remaining_s", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -204,21 +212,25 @@ class CreateJobRequest(_message.Message):
     JOB_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
     DESIRED_NODES_FIELD_NUMBER: _builtins.int
+    AUTOSCALE_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     desired_nodes: _builtins.int
     """0 means max_nodes."""
     @_builtins.property
     def spec(self) -> _types_pb2.JobSpec: ...
+    @_builtins.property
+    def autoscale(self) -> _types_pb2.Autoscale: ...
     def __init__(
         self,
         *,
         job: _builtins.str = ...,
         spec: _types_pb2.JobSpec | None = ...,
         desired_nodes: _builtins.int = ...,
+        autoscale: _types_pb2.Autoscale | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["autoscale", b"autoscale", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["desired_nodes", b"desired_nodes", "job", b"job", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["autoscale", b"autoscale", "desired_nodes", b"desired_nodes", "job", b"job", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -359,6 +371,51 @@ class ScaleJobResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ScaleJobResponse: _TypeAlias = ScaleJobResponse  # noqa: Y015
+
+@_typing.final
+class SetAutoscaleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    AUTOSCALE_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    @_builtins.property
+    def autoscale(self) -> _types_pb2.Autoscale:
+        """Fields that are 0 stay as they are."""
+
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+        autoscale: _types_pb2.Autoscale | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["autoscale", b"autoscale"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["autoscale", b"autoscale", "job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetAutoscaleRequest: _TypeAlias = SetAutoscaleRequest  # noqa: Y015
+
+@_typing.final
+class SetAutoscaleResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def job(self) -> Global___Job: ...
+    def __init__(
+        self,
+        *,
+        job: Global___Job | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetAutoscaleResponse: _TypeAlias = SetAutoscaleResponse  # noqa: Y015
 
 @_typing.final
 class PauseJobRequest(_message.Message):

@@ -55,6 +55,11 @@ class JobsStub(object):
                 request_serializer=stretto__proto_dot_v1_dot_jobs__pb2.ScaleJobRequest.SerializeToString,
                 response_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.ScaleJobResponse.FromString,
                 _registered_method=True)
+        self.SetAutoscale = channel.unary_unary(
+                '/stretto.v1.Jobs/SetAutoscale',
+                request_serializer=stretto__proto_dot_v1_dot_jobs__pb2.SetAutoscaleRequest.SerializeToString,
+                response_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.SetAutoscaleResponse.FromString,
+                _registered_method=True)
         self.PauseJob = channel.unary_unary(
                 '/stretto.v1.Jobs/PauseJob',
                 request_serializer=stretto__proto_dot_v1_dot_jobs__pb2.PauseJobRequest.SerializeToString,
@@ -126,6 +131,13 @@ class JobsServicer(object):
 
     def ScaleJob(self, request, context):
         """How many nodes the job should have from now on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetAutoscale(self, request, context):
+        """How the job's size is chosen from now on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -212,6 +224,11 @@ def add_JobsServicer_to_server(servicer, server):
                     servicer.ScaleJob,
                     request_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.ScaleJobRequest.FromString,
                     response_serializer=stretto__proto_dot_v1_dot_jobs__pb2.ScaleJobResponse.SerializeToString,
+            ),
+            'SetAutoscale': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAutoscale,
+                    request_deserializer=stretto__proto_dot_v1_dot_jobs__pb2.SetAutoscaleRequest.FromString,
+                    response_serializer=stretto__proto_dot_v1_dot_jobs__pb2.SetAutoscaleResponse.SerializeToString,
             ),
             'PauseJob': grpc.unary_unary_rpc_method_handler(
                     servicer.PauseJob,
@@ -368,6 +385,33 @@ class Jobs(object):
             '/stretto.v1.Jobs/ScaleJob',
             stretto__proto_dot_v1_dot_jobs__pb2.ScaleJobRequest.SerializeToString,
             stretto__proto_dot_v1_dot_jobs__pb2.ScaleJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAutoscale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stretto.v1.Jobs/SetAutoscale',
+            stretto__proto_dot_v1_dot_jobs__pb2.SetAutoscaleRequest.SerializeToString,
+            stretto__proto_dot_v1_dot_jobs__pb2.SetAutoscaleResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -38,6 +38,8 @@ class JobsStub:
     GetJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.GetJobRequest, _jobs_pb2.GetJobResponse]
     ScaleJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ScaleJobRequest, _jobs_pb2.ScaleJobResponse]
     """How many nodes the job should have from now on."""
+    SetAutoscale: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.SetAutoscaleRequest, _jobs_pb2.SetAutoscaleResponse]
+    """How the job's size is chosen from now on."""
     PauseJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.PauseJobRequest, _jobs_pb2.PauseJobResponse]
     """Pause: save, stop the workers, keep the nodes. Resume: go on."""
     ResumeJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ResumeJobRequest, _jobs_pb2.ResumeJobResponse]
@@ -63,6 +65,8 @@ class JobsAsyncStub(JobsStub):
     GetJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.GetJobRequest, _jobs_pb2.GetJobResponse]  # type: ignore[assignment]
     ScaleJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ScaleJobRequest, _jobs_pb2.ScaleJobResponse]  # type: ignore[assignment]
     """How many nodes the job should have from now on."""
+    SetAutoscale: _aio.UnaryUnaryMultiCallable[_jobs_pb2.SetAutoscaleRequest, _jobs_pb2.SetAutoscaleResponse]  # type: ignore[assignment]
+    """How the job's size is chosen from now on."""
     PauseJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.PauseJobRequest, _jobs_pb2.PauseJobResponse]  # type: ignore[assignment]
     """Pause: save, stop the workers, keep the nodes. Resume: go on."""
     ResumeJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ResumeJobRequest, _jobs_pb2.ResumeJobResponse]  # type: ignore[assignment]
@@ -109,6 +113,14 @@ class JobsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_jobs_pb2.ScaleJobResponse, _abc.Awaitable[_jobs_pb2.ScaleJobResponse]]:
         """How many nodes the job should have from now on."""
+
+    @_abc_1.abstractmethod
+    def SetAutoscale(
+        self,
+        request: _jobs_pb2.SetAutoscaleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.SetAutoscaleResponse, _abc.Awaitable[_jobs_pb2.SetAutoscaleResponse]]:
+        """How the job's size is chosen from now on."""
 
     @_abc_1.abstractmethod
     def PauseJob(

@@ -41,6 +41,58 @@ RECONFIGURE_MODE_IN_PROCESS: ReconfigureMode.ValueType  # 2
 """Live workers change generation without leaving Python."""
 Global___ReconfigureMode: _TypeAlias = ReconfigureMode  # noqa: Y015
 
+class _AutoscaleMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AutoscaleModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AutoscaleMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    AUTOSCALE_MODE_UNSPECIFIED: _AutoscaleMode.ValueType  # 0
+    AUTOSCALE_MODE_OFF: _AutoscaleMode.ValueType  # 1
+    """It predicts, and recommends nothing."""
+    AUTOSCALE_MODE_RECOMMEND: _AutoscaleMode.ValueType  # 2
+    """It recommends a size, and says why."""
+    AUTOSCALE_MODE_ACT: _AutoscaleMode.ValueType  # 3
+    """It changes desired_nodes by itself. Whoever scales the job by hand takes over: the mode is then RECOMMEND."""
+
+class AutoscaleMode(_AutoscaleMode, metaclass=_AutoscaleModeEnumTypeWrapper):
+    """What the controller does about a job's size."""
+
+AUTOSCALE_MODE_UNSPECIFIED: AutoscaleMode.ValueType  # 0
+AUTOSCALE_MODE_OFF: AutoscaleMode.ValueType  # 1
+"""It predicts, and recommends nothing."""
+AUTOSCALE_MODE_RECOMMEND: AutoscaleMode.ValueType  # 2
+"""It recommends a size, and says why."""
+AUTOSCALE_MODE_ACT: AutoscaleMode.ValueType  # 3
+"""It changes desired_nodes by itself. Whoever scales the job by hand takes over: the mode is then RECOMMEND."""
+Global___AutoscaleMode: _TypeAlias = AutoscaleMode  # noqa: Y015
+
+class _AutoscaleGoal:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AutoscaleGoalEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AutoscaleGoal.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    AUTOSCALE_GOAL_UNSPECIFIED: _AutoscaleGoal.ValueType  # 0
+    AUTOSCALE_GOAL_PROGRESS: _AutoscaleGoal.ValueType  # 1
+    """The best progress rate whose marginal efficiency is above the floor."""
+    AUTOSCALE_GOAL_COST: _AutoscaleGoal.ValueType  # 2
+    """The fewest worker-hours per unit of tau."""
+    AUTOSCALE_GOAL_DEADLINE: _AutoscaleGoal.ValueType  # 3
+    """The target tau by the deadline, with the fewest nodes."""
+
+class AutoscaleGoal(_AutoscaleGoal, metaclass=_AutoscaleGoalEnumTypeWrapper):
+    """What a size is chosen for."""
+
+AUTOSCALE_GOAL_UNSPECIFIED: AutoscaleGoal.ValueType  # 0
+AUTOSCALE_GOAL_PROGRESS: AutoscaleGoal.ValueType  # 1
+"""The best progress rate whose marginal efficiency is above the floor."""
+AUTOSCALE_GOAL_COST: AutoscaleGoal.ValueType  # 2
+"""The fewest worker-hours per unit of tau."""
+AUTOSCALE_GOAL_DEADLINE: AutoscaleGoal.ValueType  # 3
+"""The target tau by the deadline, with the fewest nodes."""
+Global___AutoscaleGoal: _TypeAlias = AutoscaleGoal  # noqa: Y015
+
 @_typing.final
 class JobSpec(_message.Message):
     """What a job asks of the controller. Zero means "not said"; what was said first binds everyone."""
@@ -365,3 +417,147 @@ class CheckpointFailed(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CheckpointFailed: _TypeAlias = CheckpointFailed  # noqa: Y015
+
+@_typing.final
+class Autoscale(_message.Message):
+    """How a job's size is chosen. Zero means "as it is", and for a new job the default."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODE_FIELD_NUMBER: _builtins.int
+    GOAL_FIELD_NUMBER: _builtins.int
+    EFFICIENCY_FLOOR_FIELD_NUMBER: _builtins.int
+    DEADLINE_S_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    mode: Global___AutoscaleMode.ValueType
+    """Default: RECOMMEND."""
+    goal: Global___AutoscaleGoal.ValueType
+    """Default: PROGRESS."""
+    efficiency_floor: _builtins.float
+    """What each added node must bring at least, as a share of what a node brings at min_nodes; default 0.5."""
+    deadline_s: _builtins.float
+    """With DEADLINE: wall-clock time, seconds since the Unix epoch."""
+    weight: _builtins.float
+    """Where jobs share nodes: the factor on this job's log-speedup; default 1."""
+    priority: _builtins.int
+    """Where there are not nodes enough for every job's minimum, a higher priority gets its own first; default 0."""
+    def __init__(
+        self,
+        *,
+        mode: Global___AutoscaleMode.ValueType = ...,
+        goal: Global___AutoscaleGoal.ValueType = ...,
+        efficiency_floor: _builtins.float = ...,
+        deadline_s: _builtins.float = ...,
+        weight: _builtins.float = ...,
+        priority: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "priority", b"priority"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "deadline_s", b"deadline_s", "efficiency_floor", b"efficiency_floor", "goal", b"goal", "mode", b"mode", "priority", b"priority", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
+    _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
+
+Global___Autoscale: _TypeAlias = Autoscale  # noqa: Y015
+
+@_typing.final
+class SizePrediction(_message.Message):
+    """What a job would be like at one size."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODES_FIELD_NUMBER: _builtins.int
+    WORLD_SIZE_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    GAIN_FIELD_NUMBER: _builtins.int
+    STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    STEP_SECONDS_ERROR_FIELD_NUMBER: _builtins.int
+    PROGRESS_RATE_FIELD_NUMBER: _builtins.int
+    MARGINAL_EFFICIENCY_FIELD_NUMBER: _builtins.int
+    SEEN_FIELD_NUMBER: _builtins.int
+    EXTRAPOLATED_FIELD_NUMBER: _builtins.int
+    nodes: _builtins.int
+    world_size: _builtins.int
+    scale: _builtins.float
+    """The scale S, and the gain r at it."""
+    gain: _builtins.float
+    step_seconds: _builtins.float
+    step_seconds_error: _builtins.float
+    """Standard error of step_seconds; 0 while there are too few points to tell."""
+    progress_rate: _builtins.float
+    """d(tau)/dt, in iterations per second."""
+    marginal_efficiency: _builtins.float
+    """What each node beyond the size before brings, as a share of what a node brings at min_nodes."""
+    seen: _builtins.bool
+    """Workers ran at this size."""
+    extrapolated: _builtins.bool
+    """More than twice the largest size seen: a guess."""
+    def __init__(
+        self,
+        *,
+        nodes: _builtins.int = ...,
+        world_size: _builtins.int = ...,
+        scale: _builtins.float = ...,
+        gain: _builtins.float = ...,
+        step_seconds: _builtins.float = ...,
+        step_seconds_error: _builtins.float = ...,
+        progress_rate: _builtins.float = ...,
+        marginal_efficiency: _builtins.float = ...,
+        seen: _builtins.bool = ...,
+        extrapolated: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["extrapolated", b"extrapolated", "gain", b"gain", "marginal_efficiency", b"marginal_efficiency", "nodes", b"nodes", "progress_rate", b"progress_rate", "scale", b"scale", "seen", b"seen", "step_seconds", b"step_seconds", "step_seconds_error", b"step_seconds_error", "world_size", b"world_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SizePrediction: _TypeAlias = SizePrediction  # noqa: Y015
+
+@_typing.final
+class Recommendation(_message.Message):
+    """Which size is best for a job, as far as the controller knows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODES_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    SIZES_FIELD_NUMBER: _builtins.int
+    POINTS_FIELD_NUMBER: _builtins.int
+    REMAINING_S_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    ACCUMULATION_FIELD_NUMBER: _builtins.int
+    nodes: _builtins.int
+    """0: none; the reason says why."""
+    reason: _builtins.str
+    points: _builtins.int
+    """Different (workers, local batch, accumulation) whose step times were observed."""
+    remaining_s: _builtins.float
+    """Until the target at the recommended size; negative until known."""
+    batch_size: _builtins.int
+    """Samples per worker and micro-batch, and micro-batches per step, that would make the most of the recommended size,
+    within what was seen to fit into memory; 0: nothing better is known than what the job uses.
+    """
+    accumulation: _builtins.int
+    @_builtins.property
+    def sizes(self) -> _containers.RepeatedCompositeFieldContainer[Global___SizePrediction]: ...
+    def __init__(
+        self,
+        *,
+        nodes: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        sizes: _abc.Iterable[Global___SizePrediction] | None = ...,
+        points: _builtins.int = ...,
+        remaining_s: _builtins.float = ...,
+        batch_size: _builtins.int = ...,
+        accumulation: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accumulation", b"accumulation", "batch_size", b"batch_size", "nodes", b"nodes", "points", b"points", "reason", b"reason", "remaining_s", b"remaining_s", "sizes", b"sizes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Recommendation: _TypeAlias = Recommendation  # noqa: Y015

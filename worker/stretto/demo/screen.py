@@ -16,6 +16,13 @@ from stretto_proto.v1 import jobs_pb2
 from stretto.commands.jobs import nodes_table
 
 _PLAIN_INTERVAL_S = 5.0
+# The steps on the way to what `running` tells, and what the story itself has just said.
+_UNTOLD = frozenset(
+    (
+        *("pending", "forming", "change_planned", "reconfiguring", "generation_broken"),
+        *("scale_requested", "node_draining", "node_succeeded", "checkpoint_committed"),
+    )
+)
 
 
 class Screen:
@@ -49,8 +56,9 @@ class Screen:
         self._line(f"[bold yellow]{escape(text)}[/]")
 
     def event(self, event: jobs_pb2.Event) -> None:
-        """What the controller says has happened, and why."""
-        self._line(f"[cyan]{event.kind}[/]: {escape(event.reason)}")
+        """What the controller says has happened, and why, as far as a spectator cares."""
+        if event.kind not in _UNTOLD:
+            self._line(f"[cyan]{event.kind}[/]: {escape(event.reason)}")
 
     def show(self, job: jobs_pb2.Job) -> None:
         """The job as it is now."""
@@ -63,7 +71,7 @@ class Screen:
         elif time.monotonic() - self._shown_s >= _PLAIN_INTERVAL_S:
             self._shown_s = time.monotonic()
             states = ", ".join(f"{node.node_id} {node.state}" for node in job.nodes)
-            self._line(f"tau {tau:.0f} of {job.spec.target_tau:.0f}; {text}; {states}")
+            self._line(f"{text}; {states}")
 
     def _line(self, markup: str) -> None:
         self._console.print(f"[dim]{time.monotonic() - self._began_s:6.1f} s[/]  {markup}", highlight=False)
@@ -71,10 +79,14 @@ class Screen:
 
 def _figures(job: jobs_pb2.Job) -> str:
     progress = job.progress
+    if not progress.step:
+        return job.phase
     rate = progress.effective_lr[0] if progress.effective_lr else 0.0
+    saved = f", saved at step {job.checkpoint.step}" if job.checkpoint.step else ""
     return (
-        f"{job.phase}, generation {job.generation.number}, S {job.generation.scale:g}, "
-        f"gain {progress.gain:.2f}, lr {rate:.4f}, step {progress.step}, loss {progress.loss:.3f}"
+        f"{job.phase}, generation {job.generation.number}, S {job.generation.scale:g}, gain {progress.gain:.2f}, "
+        f"lr {rate:.4f}, loss {progress.loss:.3f}, step {progress.step}, tau {progress.tau:.0f} of "
+        f"{job.spec.target_tau:.0f}{saved}"
     )
 
 

@@ -22,6 +22,7 @@ from stretto.checkpoint.background import Failed, Saved
 from stretto.errors import Fatal
 from stretto.group import BuildFailed, GroupLife, Member, Plan, Superseded, nccl
 from stretto.live.generation import Generation, StepClock
+from stretto.live.pulse import Pulse
 from stretto.live.settings import GivenUp, LiveSettings
 from stretto.live.state import LiveIdentity, LiveState, OnSigterm
 from stretto.process import AGENT_PID_VARIABLE, die_with_agent, end_without_teardown
@@ -74,7 +75,6 @@ class LiveSession:
         self._pending: StepFigures | None = None
         self._on_commit: Callable[[int], None] = lambda step: None
         self._left_s = time.monotonic()
-        self._news = threading.Event()
         self._closed = threading.Event()
         self._stream: ReconnectingStream[pb.TrainRequest, pb.TrainResponse] = ReconnectingStream(
             endpoints,
@@ -86,6 +86,7 @@ class LiveSession:
             settings=self._settings.stream,
             name="stretto-session",
         )
+        self._pulse = Pulse(self.state, self._changed, self._stream, self._settings, self._present)
         self._watch = TerminationWatch(self._on_sigterm)
 
     @classmethod
@@ -137,7 +138,7 @@ class LiveSession:
         if not self._stream_started():
             self.ask(failed=False)
             self._stream.start()
-            threading.Thread(target=self._beat, name="stretto-heartbeat", daemon=True).start()
+            self._pulse.start(self.clock)
         if self._generation is not None:
             self._generation.close()
             self._generation = None
@@ -170,7 +171,7 @@ class LiveSession:
 
     def ask(self, *, failed: bool, unreachable: tuple[int, ...] = ()) -> None:
         """Leave the generation, if in one, and ask for the next."""
-        self._flush_progress()
+        self._pulse.flush()
         with self._changed:
             number, suspects = self._suspects
             if number and number == self.state.generation:
@@ -202,7 +203,7 @@ class LiveSession:
             step = self.state.committed_step
         pending, self._pending = self._pending, None
         if pending is not None:
-            self._report(pending)
+            self._pulse.report(pending, self._left_s)
         self._on_commit(step)
 
     def on_commit(self, call: Callable[[int], None]) -> None:
@@ -211,7 +212,7 @@ class LiveSession:
 
     def finish(self, tau: float) -> None:
         """Say that the job's target is reached."""
-        self._flush_progress()
+        self._pulse.flush()
         with self._changed:
             message = self.state.finish(tau)
         self._stream.send(message)
@@ -272,9 +273,9 @@ class LiveSession:
     def close(self) -> None:
         """End the conversation, after what was said has had its time to arrive. SIGTERM is given back."""
         self._watch.stop()
-        self._flush_progress()
+        self._pulse.flush()
         self._closed.set()
-        self._news.set()
+        self._pulse.close()
         self._close_stream()
         if not self._life.close(self._settings.flush_limit_s):
             end_without_teardown()
@@ -284,6 +285,9 @@ class LiveSession:
 
     def _stream_started(self) -> bool:
         return self.state.request is not None or self.state.generation > 0 or self._closed.is_set()
+
+    def _present(self) -> Generation | None:
+        return self._generation if self.state.generation else None
 
     def _is_over(self, generation: int) -> bool:
         return self.state.over(generation) is not None
@@ -324,7 +328,7 @@ class LiveSession:
         if over is not None:
             self._life.cut(generation, over)
         if response.HasField("welcome") or response.HasField("assignment"):
-            self._news.set()
+            self._pulse.wake()
 
     def _lost(self, reason: str) -> None:
         with self._changed:
@@ -339,59 +343,6 @@ class LiveSession:
             self._changed.notify_all()
         if generation is not None:
             self._life.cut(generation.number, str(error))
-
-    def _beat(self) -> None:
-        """Show that this process lives, send progress, and look after collectives that take long."""
-        sent_s = beat_s = 0.0
-        while not self._closed.is_set():
-            interval_s = self.state.heartbeat_interval_s or 1.0
-            now_s = time.monotonic()
-            self._news.wait(max(min(beat_s + interval_s, self._next_report_s(sent_s)) - now_s, 0.005))
-            now_s = time.monotonic()
-            if self.state.progress.unsent and now_s >= self._next_report_s(sent_s):
-                sent_s = now_s
-                self._flush_progress()
-            if now_s < beat_s + interval_s:
-                self._news.clear()
-                continue
-            beat_s = now_s
-            own_s, waiting_s, median_s = self.clock.read(now_s)
-            with self._changed:
-                message = self.state.alive(working_s=own_s, waiting_s=waiting_s, median_step_s=median_s)
-                generation = self._generation if self.state.generation else None
-            self._stream.send(message, latest_of="alive")
-            # Not only while this worker is known to wait: DDP has collectives of its own, in its second step for one.
-            if generation is not None and self.clock.quiet_s(now_s) > self._settings.stalled_s:
-                try:
-                    generation.suspect()
-                except Exception:  # noqa: BLE001
-                    # This thread's heartbeats show that the process lives: they go on.
-                    _log.exception("asking the peers failed")
-
-    def _next_report_s(self, sent_s: float) -> float:
-        """When progress may be sent again; far away while there is none."""
-        if not self.state.progress.unsent:
-            return sent_s + 3600.0
-        place = self.state.assignment
-        first = place is not None and place.rank == 0
-        return sent_s + (self._settings.report_interval_s if first else self._settings.other_ranks_report_interval_s)
-
-    def _report(self, figures: StepFigures) -> None:
-        with self._changed:
-            new = self.state.progress.generation != self.state.generation
-            waiting = self.state.progress.unsent
-            self.state.commit(figures, pause_s=time.monotonic() - self._left_s if new else 0.0)
-        if new:
-            self._flush_progress()
-        elif not waiting:
-            self._news.set()
-
-    def _flush_progress(self) -> None:
-        with self._changed:
-            if not self.state.progress.unsent:
-                return
-            message = self.state.progress.message()
-        self._stream.send(message, latest_of="progress")
 
     def _on_sigterm(self) -> None:
         """Runs on the watching thread, at most once."""
@@ -420,7 +371,7 @@ class LiveSession:
 
     def _exit(self, code: int) -> None:
         """End this process from any thread; the main one may be stuck in a collective."""
-        self._flush_progress()
+        self._pulse.flush()
         self._close_stream()
         with suppress(OSError, ValueError):
             sys.stdout.flush()

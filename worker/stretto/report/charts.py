@@ -45,7 +45,7 @@ def chart(title: str, times_s: Sequence[float], lines: Sequence[Line], marks_s: 
     ]
     stride = max(1, math.ceil(len(times_s) / _MOST_POINTS))
     for number, line in enumerate(lines):
-        dash = ' stroke-dasharray="6 5"' if line.dashed else ""
+        dash = ' stroke-dasharray="6 5" stroke-width="1"' if line.dashed else ""
         path = _path(times_s, line, stride, x, y)
         parts.append(f'<path class="line c{number}" d="{path}"{dash}/>')
     latest = [f'<span class="c{n}">{escape(line.label)} {_latest(line)}</span>' for n, line in enumerate(lines)]
@@ -59,7 +59,7 @@ def chart(title: str, times_s: Sequence[float], lines: Sequence[Line], marks_s: 
 def number(value: float) -> str:
     """Short, for people."""
     if not math.isfinite(value):
-        return str(value)
+        return "-" if math.isnan(value) else str(value)
     if value and (abs(value) < 1e-3 or abs(value) >= 1e7):
         return f"{value:.2e}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
@@ -99,10 +99,15 @@ def _grid(low: float, high: float, last_s: float, x: _Place, y: _Place) -> str:
         for tick in _ticks(low, high)
     )
     upright = "".join(
-        f'<text x="{x(tick):.1f}" y="{_HEIGHT - 8:g}" text-anchor="middle">{duration(tick)}</text>'
+        f'<text x="{x(tick):.1f}" y="{_HEIGHT - 8:g}" text-anchor="{_anchor(x(tick))}">{duration(tick)}</text>'
         for tick in _ticks(0.0, last_s)
     )
     return across + upright
+
+
+def _anchor(x: float) -> str:
+    """Of a label below the chart: at its right edge it would be cut off."""
+    return "end" if x > _WIDTH - 3 * _RIGHT else "middle"
 
 
 def _path(times_s: Sequence[float], line: Line, stride: int, x: _Place, y: _Place) -> str:

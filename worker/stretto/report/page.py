@@ -1,7 +1,8 @@
-"""The report's page: from what the controller kept of a run to HTML. Pure; every text from elsewhere is escaped."""
+"""The report's page: from what is known of a run to HTML. Pure; every text from elsewhere is escaped."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from html import escape
@@ -9,6 +10,7 @@ from html import escape
 from stretto_proto.v1 import jobs_pb2
 
 from stretto.report.charts import Line, chart, duration, number
+from stretto.report.run import Run
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #18202c; --dim: #5a6577; --line: #dfe4ec; --ground: #fff;
@@ -23,7 +25,8 @@ h1 { font-size: 1.4rem; margin-bottom: 0; } h2 { font-size: 1rem; margin: 1.6rem
 figure { margin: 0; border: 1px solid var(--line); border-radius: 10px; padding: .7rem .9rem; min-width: 0; }
 figcaption b { color: var(--ink); margin-right: .6rem; } svg { width: 100%; height: auto; display: block; }
 text { fill: var(--dim); font-size: 11px; } .grid { stroke: var(--line); }
-.line { fill: none; stroke-width: 1.8; } path.c0 { stroke: var(--c0); } path.c1 { stroke: var(--c1); }
+.line { fill: none; } .line:not([stroke-width]) { stroke-width: 1.8; }
+path.c0 { stroke: var(--c0); } path.c1 { stroke: var(--c1); }
 span.c0 { color: var(--c0); } span.c1 { color: var(--c1); }
 .mark { stroke: var(--mark); stroke-dasharray: 3 4; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; } .scroll { overflow: auto; }
@@ -31,46 +34,42 @@ th, td { text-align: left; padding: .2rem .9rem .2rem 0; border-bottom: 1px soli
 """
 
 
-def page(
-    job: jobs_pb2.Job,
-    points: jobs_pb2.ListPointsResponse,
-    generations: Sequence[jobs_pb2.GenerationSummary],
-    events: Sequence[jobs_pb2.Event],
-) -> str:
+def page(run: Run) -> str:
     """One self-contained HTML page: no script, nothing from elsewhere."""
-    name = escape(job.name)
+    name = escape(run.job.name)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{name} · Stretto report</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{name}</h1>\n{_summary(job, points, generations)}\n"
-        f'<h2>Training</h2>\n<div class="charts">{_charts(job, points, generations)}</div>\n'
-        f"<h2>Generations</h2>\n{_generations(generations)}\n<h2>Events</h2>\n{_events(events)}\n</body>\n</html>\n"
+        f"<h1>{name}</h1>\n{_summary(run)}\n"
+        f'<h2>Training</h2>\n<div class="charts">{_charts(run)}</div>\n'
+        f"<h2>Generations</h2>\n{_generations(run.generations)}\n<h2>Events</h2>\n{_events(run.events)}\n"
+        f'<p class="dim">As told by {escape(run.source)}.</p>\n</body>\n</html>\n'
     )
 
 
-def _summary(
-    job: jobs_pb2.Job, points: jobs_pb2.ListPointsResponse, generations: Sequence[jobs_pb2.GenerationSummary]
-) -> str:
+def _summary(run: Run) -> str:
+    job, generations, times_s = run.job, run.generations, run.points.time_s
     target = f" of {number(job.spec.target_tau)}" if job.spec.target_tau else ""
+    pauses_s = [each.pause_s for each in generations[1:] if math.isfinite(each.pause_s)]
+    paused = f", paused for {duration(sum(pauses_s))} in all" if pauses_s else ""
     facts = [
         f"{job.phase}: {job.reason}" if job.reason else job.phase,
         f"tau {number(job.progress.tau)}{target} after {job.progress.step:,} steps",
-        f"{len(generations)} generations, paused for {duration(sum(g.pause_s for g in generations[1:]))} in all",
+        f"{len(generations)} generation{'s' if len(generations) != 1 else ''}{paused}",
     ]
-    if len(points.time_s) > 1:
-        facts.append(f"{duration(points.time_s[-1] - points.time_s[0])} from the first point to the last")
+    if len(times_s) > 1:
+        facts.append(f"{duration(times_s[-1] - times_s[0])} from the first point to the last")
     return "".join(f'<p class="dim">{escape(fact)}</p>' for fact in facts)
 
 
-def _charts(
-    job: jobs_pb2.Job, points: jobs_pb2.ListPointsResponse, generations: Sequence[jobs_pb2.GenerationSummary]
-) -> str:
+def _charts(run: Run) -> str:
+    job, points = run.job, run.points
     if not points.time_s:
         return "<p>No point was reported.</p>"
     begin_s = points.time_s[0]
     times_s = [time_s - begin_s for time_s in points.time_s]
-    marks_s = [g.started_s - begin_s for g in generations if begin_s < g.started_s <= points.time_s[-1]]
+    marks_s = [g.started_s - begin_s for g in run.generations if begin_s < g.started_s <= points.time_s[-1]]
     tau = [Line("tau", points.tau)]
     if job.spec.target_tau:
         tau.append(Line("target", [job.spec.target_tau] * len(times_s), dashed=True))
@@ -91,19 +90,20 @@ def _generations(generations: Sequence[jobs_pb2.GenerationSummary]) -> str:
         [
             str(g.generation.number),
             _clock(g.started_s),
-            str(len(g.generation.members)),
+            str(len(g.generation.members) or "-"),
+            str(g.generation.world_size or "-"),
             number(g.generation.scale),
             number(g.mean_gain),
             number(g.effective_lr),
             f"{g.steps:,}",
             f"{number(g.first_tau)} → {number(g.last_tau)}",
-            duration(g.pause_s),
+            duration(g.pause_s) if math.isfinite(g.pause_s) else "-",
             g.end_reason or "-",
         ]
         for g in generations
     ]
-    heads = ["number", "began", "nodes", "S", "mean gain", "effective lr", "steps", "tau", "pause", "ended by"]
-    return _table(heads, rows)
+    figures = ["S", "mean gain", "effective lr", "steps", "tau", "pause", "ended by"]
+    return _table(["number", "began", "nodes", "workers", *figures], rows)
 
 
 def _events(events: Sequence[jobs_pb2.Event]) -> str:
@@ -118,4 +118,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _clock(seconds: float) -> str:
+    """0: nobody knows when."""
+    if not seconds:
+        return "-"
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-from stretto_proto.v1 import jobs_pb2
+from stretto_proto.v1 import jobs_pb2, types_pb2
 
 SORTS = ("name", "phase", "left", "rate")
 _BARS = "▁▂▃▄▅▆▇█"
@@ -72,6 +72,14 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.0f} h" if seconds < 360_000 else f"{seconds / 86400:.0f} d"
 
 
+def _size(size_bytes: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.3g} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.3g} GB"
+
+
 def draw(picture: Picture, width: int) -> RenderableType:
     """The whole screen, for a terminal of that width; 80 columns hold everything."""
     parts: list[RenderableType] = [_table(picture, width)]
@@ -98,9 +106,9 @@ def _table(picture: Picture, width: int) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", width=width, padding=(0, 1, 0, 0))
     table.add_column("job", ratio=1, no_wrap=True, overflow="ellipsis", min_width=8)
     table.add_column("phase", no_wrap=True, width=9, overflow="ellipsis")
-    for heading, columns in (("nodes", 6), ("S", 4), ("gain", 5), ("tau", 13), ("left", 7)):
+    for heading, columns in (("nodes", 6), ("best", 4), ("S", 4), ("gain", 5), ("tau", 13), ("left", 7)):
         table.add_column(heading, justify="right", no_wrap=True, width=columns, overflow="ellipsis")
-    table.add_column("d(tau)/dt", no_wrap=True, width=18)
+    table.add_column("d(tau)/dt", no_wrap=True, width=14)
     rates = picture.rates or {}
     for job in ordered(picture.jobs, picture.sort):
         active = sum(1 for node in job.nodes if node.state == "active")
@@ -110,11 +118,12 @@ def _table(picture: Picture, width: int) -> Table:
             Text(job.name),
             Text(job.phase, style=_STYLES.get(job.phase, "yellow")),
             f"{active}/{job.desired_nodes}",
+            str(job.recommendation.nodes or "-"),
             f"{job.generation.scale:g}" if job.generation.scale else "-",
             f"{job.progress.gain:.2f}" if job.progress.step else "-",
             f"{job.progress.tau:.0f}{target}" if job.progress.step else "-",
             duration(job.remaining_s),
-            Text(f"{job.progress_rate:6.4g} {sparkline(rates.get(job.name, ()), 11)}"),
+            Text(f"{job.progress_rate:6.4g} {sparkline(rates.get(job.name, ()), 7)}"),
             style="reverse" if job.name == picture.selected else "",
         )
     if not picture.jobs:
@@ -123,26 +132,45 @@ def _table(picture: Picture, width: int) -> Table:
 
 
 def _details(job: jobs_pb2.Job, picture: Picture, width: int) -> list[RenderableType]:
-    lines: list[RenderableType] = [Text(f"{job.name}: {job.reason}", style="bold", no_wrap=True, overflow="ellipsis")]
+    lines: list[RenderableType] = [_line(f"{job.name}: {job.reason}", "bold")]
     if job.progress.step:
         rates = " ".join(f"{rate:.3g}" for rate in job.progress.effective_lr[:3])
         bases = " ".join(f"{rate:.3g}" for rate in job.progress.base_lr[:3])
         lines.append(
-            Text(
+            _line(
                 f"step {job.progress.step}   loss {job.progress.loss:.4g}   lr {rates} (base {bases})   "
-                f"generation {job.generation.number}",
-                no_wrap=True,
-                overflow="ellipsis",
+                f"generation {job.generation.number}"
             )
         )
+    lines += _size_lines(job.recommendation)
+    saved = job.checkpoint
+    if saved.step:
+        size = _size(saved.size_bytes)
+        lines.append(_line(f"saved step {saved.step}, {size} in {saved.duration_s:.2g} s: {saved.path}"))
     for node in job.nodes:
         heard = f"heard {node.silent_s:.1f} s ago" if node.connected else "not connected"
         rank = f"rank {node.node_rank}" if node.node_rank >= 0 else ""
         text = f"  {node.node_id:<30.30} {node.state:<9} {rank:<8} {node.slots} slots   {heard}"
         style = "" if node.connected else "red"
-        lines.append(Text(text[:width], style=style, no_wrap=True, overflow="ellipsis"))
-    lines += [
-        Text(f"  {event.kind.replace('_', ' ')}: {event.reason}", style="dim", no_wrap=True, overflow="ellipsis")
-        for event in picture.events[-_EVENTS:]
-    ]
+        lines.append(_line(text[:width], style))
+    lines += [_line(f"  {event.kind.replace('_', ' ')}: {event.reason}", "dim") for event in picture.events[-_EVENTS:]]
     return lines
+
+
+def _size_lines(recommendation: types_pb2.Recommendation) -> list[RenderableType]:
+    """Which size is best and why, and the progress rate that is expected of each."""
+    if not recommendation.reason:
+        return []
+    best = f"best {recommendation.nodes}: " if recommendation.nodes else ""
+    lines: list[RenderableType] = [_line(f"{best}{recommendation.reason}")]
+    if recommendation.sizes:
+        sizes = "  ".join(
+            f"{size.nodes}: {size.progress_rate:.3g}{'' if size.seen else '?'}" for size in recommendation.sizes
+        )
+        lines.append(_line(f"d(tau)/dt by nodes  {sizes}"))
+    return lines
+
+
+def _line(text: str, style: str = "") -> Text:
+    """Text, not markup: reasons come from other machines."""
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")

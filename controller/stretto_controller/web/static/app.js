@@ -1,7 +1,7 @@
 // The page: which part is shown, and the one stream that feeds it.
 
 import { askToken } from "./dialogs.js";
-import { say } from "./elements.js";
+import { element, say } from "./elements.js";
 import { Fleet } from "./fleet.js";
 import { JobPage } from "./job.js";
 import { follow, onTokenNeeded } from "./stream.js";
@@ -14,10 +14,13 @@ onTokenNeeded(askToken);
 
 function announce(text) { say(document.getElementById("announcer"), text); }
 
-function connected(well, text) {
+function connected(well, text, refused) {
   const place = document.getElementById("connection");
   place.className = well ? "good" : "bad";
-  say(document.getElementById("connection-text"), text);
+  say(document.getElementById("connection-text"), refused ? "no token" : text);
+  if (!refused) return;
+  const again = element("button", { type: "button", class: "main", onclick: () => show() }, "Give a token");
+  content.replaceChildren(element("div", { class: "empty" }, element("p", {}, `The controller says: ${text}.`), again));
 }
 
 function jobInAddress() {
@@ -69,4 +72,6 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { if
 
 addEventListener("hashchange", () => show(true));
 useTheme(localStorage.getItem("stretto-theme") ?? "auto");
-show();
+// The header is painted first: the history of a long run takes a moment to draw. A hidden tab paints nothing.
+if (document.hidden) show();
+else requestAnimationFrame(() => setTimeout(show));

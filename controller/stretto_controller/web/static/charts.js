@@ -38,11 +38,14 @@ export class Charts {
   }
 
   figure(shown) {
-    const values = element("span", { class: "values" });
-    this.captions.set(shown.key, values);
+    const values = shown.series.map(([key, , colour]) => {
+      const value = element("span", {});
+      this.captions.set(key, value);
+      return element("span", { class: `key colour-${colour}` }, value);
+    });
     const place = element("div", { class: "plot", "aria-hidden": "true" });
     const made = element("figure", { class: "card", "data-chart": shown.key },
-      element("figcaption", {}, element("b", {}, shown.title), values), place);
+      element("figcaption", {}, element("b", {}, shown.title), element("span", { class: "values" }, values)), place);
     const axis = { stroke: style("--dim"), grid: { stroke: style("--line"), width: 1 }, ticks: { show: false }, font: "11px system-ui, sans-serif" };
     const plot = new uPlot({
       width: 400,
@@ -110,8 +113,9 @@ export class Charts {
       else if (last !== undefined && !this.span_s) plot.drawn = { first: times[0], last };
       else plot.drawn = undefined;
       if (last !== undefined && this.span_s) plot.setScale("x", { min: last - this.span_s, max: last });
-      say(this.captions.get(plot.shown.key), plot.shown.series.map(([key, label]) =>
-        `${label} ${number(key === "target" ? this.target || null : this.points[key]?.at(-1))}`).join(" · "));
+      for (const [key, label] of plot.shown.series) {
+        say(this.captions.get(key), `${label} ${number(key === "target" ? this.target || null : this.points[key]?.at(-1))}`);
+      }
     }
   }
 

@@ -34,10 +34,10 @@ export function askNodes(job) {
   return open(`Scale ${job.name}`, content, "Scale", "main", () => Number(input.value));
 }
 
-export function askToken(wrong) {
+// why: the controller's own words.
+export function askToken(why) {
   const input = element("input", { type: "password", id: "token", autocomplete: "off", required: true });
-  const text = wrong ? "The token was refused." : "This controller answers only those who have a token.";
-  const content = element("div", {}, element("p", {}, text), element("label", { for: "token" }, "Token"), input,
+  const content = element("div", {}, element("p", {}, `The controller says: ${why}.`), element("label", { for: "token" }, "Token"), input,
     element("p", { class: "dim" }, "Kept in this tab until it is closed."));
-  return open("Token", content, "Go on", "main", () => input.value);
+  return open("A token is needed", content, "Go on", "main", () => input.value);
 }

@@ -3,9 +3,10 @@
 import { Charts } from "./charts.js";
 import { askNodes, confirmed } from "./dialogs.js";
 import { bytes, clock, duration, element, number, phaseTag, say, table, tauBar, words } from "./elements.js";
+import { sizePart } from "./size.js";
 import { ask } from "./stream.js";
 
-const KEPT_EVENTS = 1000, SHOWN_EVENTS = 200, SHOWN_CHECKPOINTS = 20;
+const KEPT_EVENTS = 1000, SHOWN_EVENTS = 200, SHOWN_FAILURES = 3;
 // Then the page begins again with what the controller keeps, which is thinner.
 const MOST_POINTS = 20000;
 const SPANS = [["all", 0], ["1 h", 3600], ["10 min", 600], ["1 min", 60]];
@@ -40,6 +41,7 @@ export class JobPage {
     };
     this.nodes = element("div", {});
     this.checkpoints = element("div", {});
+    this.size = element("div", {});
     this.history = element("div", {});
     this.story = element("div", {});
     const spans = SPANS.map(([label, span_s], place) => element("label", {},
@@ -53,7 +55,7 @@ export class JobPage {
       element("fieldset", { class: "spans" }, element("legend", {}, "Charts show"), spans),
       this.charts.box,
       element("div", { class: "columns" },
-        element("div", {}, part("Nodes", this.nodes), part("Checkpoints", this.checkpoints)),
+        element("div", {}, part("Nodes", this.nodes), part("Size", this.size), part("Checkpoints", this.checkpoints)),
         part("Events", this.story)),
       part("Generations", this.history));
   }
@@ -74,8 +76,9 @@ export class JobPage {
     this.replace("nodes", this.nodeRows(), (rows) => rows.length
       ? table("Nodes", ["rank", "node", "state", "stream", "slots", "ranks", "step", "address"], rows.map((row) => row.map(cell)))
       : element("p", { class: "dim" }, "None are there."));
-    this.replace("checkpoints", [this.checkpointRows(), this.events.findLast((event) => /^checkpoint/.test(event.kind))?.sequence],
+    this.replace("checkpoints", [this.checkpointRows(), this.job.saves.count, this.events.findLast((event) => event.kind === "checkpoint_failed")?.sequence],
       ([rows]) => this.checkpointPart(rows));
+    this.replace("size", [this.job.recommendation, this.job.autoscale, this.job.desired_nodes], () => sizePart(this.job));
     this.replace("history", this.generationRows(), (rows) =>
       table("Generations", ["number", "began", "nodes", "S", "mean gain", "effective lr", "steps", "tau", "pause", "cause", "ended by"], rows));
     this.replace("story", this.events.slice(-SHOWN_EVENTS).map((event) => event.sequence), () => this.timeline());
@@ -100,8 +103,9 @@ export class JobPage {
     say(this.reason, job.reason);
     this.bar.update(progress?.tau, target);
     say(this.under[0], `tau ${number(progress?.tau ?? 0, 5)}${target > 0 ? ` of ${number(target, 6)}` : ""}`);
-    say(this.under[1], `${number(job.progress_rate)} iterations/s${job.remaining_s === null ? "" : `, ${duration(job.remaining_s)} left`}`);
     const finished = ["succeeded", "failed"].includes(job.phase);
+    const left = job.remaining_s === null ? "" : `, ${duration(job.remaining_s)} left`;
+    say(this.under[1], finished ? "" : `${number(job.progress_rate)} iterations/s${left}`);
     this.buttons.scale.disabled = this.buttons.pause.disabled = finished;
     this.buttons.checkpoint.disabled = job.phase !== "running";
     say(this.buttons.pause, job.paused ? "Resume" : "Pause…");
@@ -133,15 +137,18 @@ export class JobPage {
     if (!latest) return [];
     const age_s = Date.now() / 1000 - latest.time_s;
     return [[age_s < 5 ? "just now" : duration(age_s < 60 ? Math.round(age_s / 5) * 5 : age_s), latest.step.toLocaleString("en"), number(latest.tau, 5),
-      String(latest.generation), bytes(latest.size_bytes), latest.path]];
+      String(latest.generation), bytes(latest.size_bytes), duration(latest.duration_s)]];
   }
 
   checkpointPart(rows) {
-    if (!rows.length) return element("p", { class: "dim" }, "None was committed yet.");
-    const earlier = this.events.filter((event) => /^checkpoint_(committed|failed)$/.test(event.kind)).slice(-SHOWN_CHECKPOINTS).reverse();
-    return element("div", {}, table("Latest checkpoint", ["age", "step", "tau", "generation", "size", "path"], rows),
-      earlier.length ? element("details", {}, element("summary", {}, "The latest saves"), element("ul", { class: "saves" },
-        earlier.map((event) => element("li", { class: BAD.test(event.kind) ? "bad" : "" }, `${clock(event.time_s)} ${event.reason}`)))) : null);
+    const { count, mean_s } = this.job.saves;
+    const failed = this.events.filter((event) => event.kind === "checkpoint_failed").slice(-SHOWN_FAILURES).reverse();
+    const failures = failed.map((event) => element("p", { class: "bad" }, `${clock(event.time_s)} ${event.reason}`));
+    if (!rows.length) return element("div", {}, element("p", { class: "dim" }, "None was committed yet."), failures);
+    return element("div", {}, table("Latest checkpoint", ["age", "step", "tau", "generation", "size", "written in"], rows),
+      element("p", { class: "path" }, this.job.checkpoint.path),
+      count > 1 ? element("p", { class: "dim" }, `${count.toLocaleString("en")} since the controller started, each in ${duration(mean_s)} on average.`) : null,
+      failures);
   }
 
   generationRows() {
@@ -153,11 +160,11 @@ export class JobPage {
   }
 
   timeline() {
-    const entries = this.events.slice(-SHOWN_EVENTS).reverse().map((event) => element("li", { "data-sequence": event.sequence },
-      element("time", { datetime: new Date(event.time_s * 1000).toISOString() }, clock(event.time_s)),
-      element("b", { class: BAD.test(event.kind) ? "bad" : "" }, words(event.kind)),
-      event.generation ? element("span", { class: "dim" }, `generation ${event.generation}`) : null,
-      element("p", {}, event.reason)));
+    const entries = told(this.events.slice(-SHOWN_EVENTS)).reverse().map(({ kinds, last }) => element("li", { "data-sequence": last.sequence },
+      element("time", { datetime: new Date(last.time_s * 1000).toISOString() }, clock(last.time_s)),
+      element("b", { class: BAD.test(kinds) ? "bad" : "" }, kinds),
+      last.generation ? element("span", { class: "dim" }, `generation ${last.generation}`) : null,
+      element("p", {}, last.reason)));
     return element("ol", { class: "timeline scroll", tabindex: "0", "aria-label": "Events, newest first" }, entries);
   }
 
@@ -195,6 +202,19 @@ export class JobPage {
   }
 
   close() { this.charts.close(); }
+}
+
+// The steps of one change, which all have its reason, as one entry: change planned → reconfiguring → running.
+function told(events) {
+  const entries = [];
+  for (const event of events) {
+    const before = entries.at(-1);
+    if (before && before.last.reason === event.reason) {
+      before.kinds += ` → ${words(event.kind)}`;
+      before.last = event;
+    } else entries.push({ kinds: words(event.kind), last: event });
+  }
+  return entries;
 }
 
 function cell(value) {

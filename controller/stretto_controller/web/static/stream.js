@@ -4,8 +4,14 @@
 const SILENT_MS = 25000, FIRST_RETRY_MS = 300, LAST_RETRY_MS = 4000;
 const TOKEN = "stretto-token";
 
-let askForToken = async () => null;
+let askForToken = async () => null, asking = null;
 export function onTokenNeeded(ask) { askForToken = ask; }
+
+// One question at a time, however many requests were refused.
+function anotherToken(why) {
+  asking ??= askForToken(why).finally(() => { asking = null; });
+  return asking;
+}
 
 export class Refused extends Error {}
 
@@ -13,9 +19,11 @@ async function request(path, options = {}) {
   const token = sessionStorage.getItem(TOKEN);
   const headers = { ...options.headers, ...(token ? { Authorization: `Bearer ${token}` } : {}) };
   const response = await fetch(path, { ...options, headers, cache: "no-store" });
-  if (response.status !== 401) return response;
-  const given = await askForToken(token !== null);
-  if (!given) throw new Refused("this controller needs a token");
+  if (response.status !== 401 && response.status !== 403) return response;
+  const answer = await response.json();
+  const message = token === null ? "only those who have a token are answered" : answer.detail ?? answer.message;
+  const given = await anotherToken(message);
+  if (!given) throw new Refused(message);
   sessionStorage.setItem(TOKEN, given);
   return request(path, options);
 }
@@ -33,8 +41,8 @@ export async function ask(method, path, body) {
   return answer;
 }
 
-// Calls onEvent(name, data) for each event and onState(connected, words) at each change, until the returned function
-// is called. After a break it goes on behind the last event that it has seen.
+// Calls onEvent(name, data) for each event and onState(connected, words, refused) at each change, until the returned
+// function is called, or nobody gives a token. After a break it goes on behind the last event that it has seen.
 export function follow(path, onEvent, onState) {
   let last = "", stopped = false, abort = new AbortController(), wait_ms = FIRST_RETRY_MS;
 
@@ -48,7 +56,7 @@ export function follow(path, onEvent, onState) {
       const response = await request(path, { headers, signal: abort.signal });
       if (response.status === 404) { onEvent("deleted", {}); stopped = true; return; }
       if (!response.ok) throw new Error(`the controller answered ${response.status}`);
-      onState(true, "live");
+      onState(true, "live", false);
       const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
       for (let rest = "", read = await reader.read(); !read.done; read = await reader.read()) {
         alive();
@@ -81,7 +89,8 @@ export function follow(path, onEvent, onState) {
         await once();
       } catch (error) {
         if (stopped) return;
-        onState(false, error instanceof Refused ? error.message : "no answer from the controller; trying again");
+        if (error instanceof Refused) return onState(false, error.message, true);
+        onState(false, "no answer from the controller; trying again", false);
         await new Promise((wake) => setTimeout(wake, wait_ms * (0.5 + Math.random())));
         wait_ms = Math.min(LAST_RETRY_MS, wait_ms * 2);
       }
