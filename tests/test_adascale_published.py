@@ -1,7 +1,8 @@
 """What the paper states: the values of its reference implementations' tests, and its theory on a known problem.
 
-The values in `GOLDEN` are those that FairScale 0.4.13 tests its AdaScale with (two contributions, one step). More of its
-statements follow: over two steps, with a group that is added; that of unsynchronised ranks is in ddp_variants. Left out:
+The values in `GOLDEN` are those that FairScale 0.4.13 tests its AdaScale with (two contributions, one step). More of
+its statements follow: over two steps, with a group that is added; that of unsynchronised ranks is in ddp_variants.py.
+Left out:
 - gains after the number of contributions has changed (2.14, 2.99, 3.45): its averages are rescaled then, and wrong;
 - gains of single parameter groups, and of a group added after a step: ours has one gain, as the paper does;
 - that a single contribution is refused, and that added losses make one backward with r = 1: ours uses what is stored;

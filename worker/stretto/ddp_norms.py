@@ -130,7 +130,7 @@ class RankContributions:
         else:
             state, hook = self._comm_hook
             future = hook(state, bucket)
-        part, share = self._part_of(buffer.numel())
+        part, share = self._part_of(buffer)
         reduced = self._reduced  # a late answer to a backward that was given up must not reach the next one
         laid_out: tuple[list[Tensor], list[Tensor]] = (
             ([], []) if measure.flat else (bucket.parameters(), bucket.gradients())
@@ -140,18 +140,19 @@ class RankContributions:
             value = done.value()
             result: Tensor = value[0] if isinstance(value, list | tuple) else value
             mean = None if self._mean_sqr_norm is None else self._mean_sqr_norm(index)
-            reduced[index] = measure.of_buffer(result[part], *laid_out) * share if mean is None else mean
+            measured = result if part is None else result[part]
+            reduced[index] = measure.of_buffer(measured, *laid_out) * share if mean is None else mean
             return result
 
         chained: torch.futures.Future[Tensor] = future.then(after)
         return chained
 
-    def _part_of(self, elements: int) -> tuple[slice, int]:
-        """What this rank measures of a reduced bucket, and how many such parts there are."""
+    def _part_of(self, buffer: Tensor) -> tuple[slice | None, int]:
+        """What this rank measures of a reduced bucket (None: all), and how many such parts there are."""
         window = self._window
-        if self._comm_hook is not None or not self._measure.flat or window.accumulation_steps > 1:
-            return slice(None), 1  # not known to be the same on all ranks, or wanted as a whole
-        count = window.world_size
+        if self._comm_hook is not None or not self._measure.flat or window.accumulation_steps > 1 or buffer.is_sparse:
+            return None, 1  # not known to be the same on all ranks, or wanted as a whole, or without places
+        elements, count = buffer.numel(), window.world_size
         return slice(elements * self._rank // count, elements * (self._rank + 1) // count), count
 
     def _start(self) -> None:
