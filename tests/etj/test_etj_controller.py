@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from etj.site import manifest
@@ -31,7 +33,7 @@ def changed() -> list[str | None]:
 
 @pytest.fixture
 def controller(process: ControllerProcess, changed: list[str | None]) -> Iterator[PolledController]:
-    with JobsClient(process.grpc) as client:
+    with JobsClient(process.grpc, timeout_s=60) as client:
         yield PolledController(client, changed.append, interval_s=0.1, refused_s=30.0)
 
 
@@ -44,7 +46,7 @@ async def test_requests_reach_it_and_its_answers_are_the_view(
     view = controller.view("digits").job
     assert view is not None
     assert (view.phase, view.desired_nodes, view.training) == ("pending", 2, _TRAINING)
-    said = {"minNodes": 1, "maxNodes": 4, "baseBatchSize": 16, "batchSize": 16, "targetTau": 2000}
+    said: dict[str, Any] = {"minNodes": 1, "maxNodes": 4, "baseBatchSize": 16, "batchSize": 16, "targetTau": 2000}
     assert agrees(view, read_job(manifest(**said)))
     await controller.ask(Scale("digits", 3))
     await controller.ask(SetAutoscale("digits", Autoscale("act", "progress", 0.7)))
@@ -87,5 +89,8 @@ async def test_a_controller_that_is_gone_is_said_to_be_and_what_was_known_stays(
     assert view.job is not None
     assert changed[-1] is None
     process.start()
-    await controller.poll()
-    assert controller.view("digits").reachable
+    # gRPC itself waits before it tries again.
+    async with asyncio.timeout(60):
+        while not controller.view("digits").reachable:
+            await controller.poll()
+            await asyncio.sleep(0.1)

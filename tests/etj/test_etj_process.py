@@ -62,7 +62,7 @@ async def test_jobs_from_before_and_from_later_get_their_pods(server: MemoryServ
 
 
 async def test_a_watch_that_expired_lists_again(server: MemoryServer) -> None:
-    refused = []
+    refused: list[Call] = []
 
     def expire(call: Call) -> None:
         if call.verb == "watch" and len(refused) < 6:
