@@ -14,6 +14,7 @@ from pathlib import Path
 
 from stretto_controller.auth.certificates import Certificates
 from stretto_controller.auth.tokens import Tokens
+from stretto_controller.reviewer import Reviewer
 from stretto_controller.runner import Runner
 from stretto_controller.service.server import GrpcServer, address
 from stretto_controller.settings import Settings, is_wildcard
@@ -125,7 +126,11 @@ class Term:
             return
         if self.settings.store == "etcd":
             _log.info("this controller leads")
-        await store.lost.wait()
+        reviews = asyncio.create_task(Reviewer(self.runner, self.settings.service, self.settings.limits).review_on())
+        try:
+            await store.lost.wait()
+        finally:
+            reviews.cancel()
         self.runner.lose(store.lost_reason)
 
 
