@@ -7,7 +7,7 @@ PY := .venv/bin/python
 STAMP := .venv/.installed
 GENERATORS := .venv-proto/.installed
 TOOLS := .venv/.debian-packages
-SOURCES := proto controller worker tests benchmarks examples
+SOURCES := proto controller worker k8s tests benchmarks examples
 SOAK_S ?= 600
 PYTEST_ARGS ?=
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def changed() -> list[str | None]:
 
 @pytest.fixture
 def controller(process: ControllerProcess, changed: list[str | None]) -> Iterator[PolledController]:
-    with JobsClient(process.grpc) as client:
+    with JobsClient(process.grpc, timeout_s=60) as client:
         yield PolledController(client, changed.append, interval_s=0.1, refused_s=30.0)
 
 
@@ -88,5 +89,8 @@ async def test_a_controller_that_is_gone_is_said_to_be_and_what_was_known_stays(
     assert view.job is not None
     assert changed[-1] is None
     process.start()
-    await controller.poll()
-    assert controller.view("digits").reachable
+    # gRPC itself waits before it tries again.
+    async with asyncio.timeout(60):
+        while not controller.view("digits").reachable:
+            await controller.poll()
+            await asyncio.sleep(0.1)

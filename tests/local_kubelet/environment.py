@@ -113,5 +113,6 @@ def replaced(words: Sequence[str], places: dict[str, str]) -> list[str]:
 def _one_replaced(word: str, places: dict[str, str]) -> str:
     # The longest first: /data/checkpoints may be mounted inside /data.
     for mount in sorted(places, key=len, reverse=True):
-        word = re.sub(rf"(?<![\w.-]){re.escape(mount)}(?=$|[/:,;'\"\s])", lambda _, mount=mount: places[mount], word)
+        local = places[mount].replace("\\", r"\\")
+        word = re.sub(rf"(?<![\w.-]){re.escape(mount)}(?=$|[/:,;'\"\s])", local, word)
     return word

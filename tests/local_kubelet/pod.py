@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -95,7 +96,8 @@ class PodRun:
         containers = asyncio.gather(*(self._container(index) for index in range(len(self._states))))
         deleted = asyncio.create_task(self._deleted.wait())
         try:
-            await asyncio.wait([containers, deleted], return_when=asyncio.FIRST_COMPLETED)
+            both: list[asyncio.Future[Any]] = [containers, deleted]
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if not self._deleted.is_set():
                 await self._told_all()
                 await deleted

@@ -6,6 +6,7 @@ import json
 import random
 import sys
 import time
+from functools import partial
 
 import pytest
 from harness.kube_site import Site
@@ -54,15 +55,17 @@ def test_an_operator_that_is_killed_at_any_moment_ends_with_the_same_pods(site: 
         site.kubectl("scale", f"etj/job-{n}", f"--replicas={n + 2}")
     for n in range(3):
         job = f"job-{n}"
-        site.kubectl.until(
-            lambda job=job, n=n: running(site, job) == names(site, job) == wanted(job, n + 2), f"{job} has other pods"
-        )
+        site.kubectl.until(partial(_runs_just, site, job, n + 2), f"{job} has other pods")
         owners = {
             owner["name"]
             for pod in site.kubectl.pods(SELECTOR.format(job))
             for owner in pod["metadata"]["ownerReferences"]
         }
         assert owners == {job}
+
+
+def _runs_just(site: Site, job: str, count: int) -> bool:
+    return running(site, job) == names(site, job) == wanted(job, count)
 
 
 def _wait_for_lines(operator: OperatorProcess, count: int) -> None:
@@ -249,11 +252,14 @@ def _versions(site: Site) -> dict[str, str]:
 
 
 def _wait_for_renewals(site: Site, count: int) -> None:
-    for _ in range(count):
-        before = site.kubectl.get("lease", "stretto-operator")["metadata"]["resourceVersion"]
-        site.kubectl.until(
-            lambda before=before: (
-                site.kubectl.get("lease", "stretto-operator")["metadata"]["resourceVersion"] != before
-            ),
-            "the lease is not renewed",
-        )
+    seen = {_lease(site)}
+
+    def renewed() -> bool:
+        seen.add(_lease(site))
+        return len(seen) > count
+
+    site.kubectl.until(renewed, "the lease is not renewed")
+
+
+def _lease(site: Site) -> str:
+    return str(site.kubectl.get("lease", "stretto-operator")["metadata"]["resourceVersion"])
