@@ -57,7 +57,7 @@ def test_the_best_size_is_told_with_its_reason_and_the_rates_expected() -> None:
     shown.recommendation.CopyFrom(
         types.Recommendation(
             nodes=3,
-            reason="a fourth node would bring 31 % of what the first does",
+            reason="3 nodes: a fourth node would bring 31 % of what the first does",
             sizes=[
                 types.SizePrediction(nodes=1, progress_rate=100.0, seen=True),
                 types.SizePrediction(nodes=3, progress_rate=241.6),
@@ -67,8 +67,28 @@ def test_the_best_size_is_told_with_its_reason_and_the_rates_expected() -> None:
     lines = text(Picture(jobs=[shown], selected="a")).splitlines()
     assert max(map(len, lines)) <= 80
     assert next(line for line in lines if line.startswith("a ")).split()[3] == "3"
-    assert any("best 3: a fourth node would bring 31 %" in line for line in lines)
+    assert any("3 nodes: a fourth node would bring 31 %" in line for line in lines)
     assert any("1: 100  3: 242?" in line for line in lines)
+
+
+def test_many_jobs_and_nodes_leave_room_for_the_rest() -> None:
+    jobs = [job(f"job-{number:03}") for number in range(100)]
+    for number in range(50):
+        jobs[60].nodes.add(node_id=f"host-{number + 2}", state="active", slots=1, connected=True)
+    event = jobs_pb2.Event(time_s=1e9, kind="node_lost", reason="host-7 is lost")
+    console = Console(width=80, force_terminal=False)
+    picture = Picture(jobs=jobs, selected="job-060", events=[event] * 9, told="job-060: done")
+    for height in (24, 30, 50):
+        with console.capture() as captured:
+            console.print(draw(picture, 80, height))
+        lines = captured.get().splitlines()
+        assert len(lines) <= height - 2, "two are for the keys"
+        assert any(line.startswith("job-060 ") for line in lines)
+        assert any(line.startswith("jobs ") and line.endswith(" of 100") for line in lines)
+        assert sum("node lost: host-7" in line for line in lines) == 5
+        assert "host-2" in captured.get()
+        assert lines[-1] == "job-060: done"
+    assert len(text(Picture(jobs=jobs)).splitlines()) == 101, "without a screen there is no limit"
 
 
 def test_markup_in_names_and_reasons_is_text() -> None:
@@ -119,6 +139,10 @@ def controller(tmp_path: Path) -> Iterator[ControllerProcess]:
         yield controller
 
 
+def _says_that_nobody_answers(text: str) -> bool:
+    return "did not answer" in text or "unavailable" in text.lower() or "reach" in text
+
+
 @pytest.mark.e2e
 def test_a_job_is_watched_and_steered_through_a_terminal(controller: ControllerProcess) -> None:
     with RawJob(controller) as job:
@@ -150,7 +174,9 @@ def test_a_job_is_watched_and_steered_through_a_terminal(controller: ControllerP
 
             # A controller that is away is said to be, and found again.
             controller.kill()
-            terminal.until(lambda text: "did not answer" in text or "unavailable" in text.lower() or "reach" in text)
+            terminal.until(_says_that_nobody_answers)
+            controller.start()
+            terminal.until(lambda text: "paused" in text and not _says_that_nobody_answers(text))
             terminal.type("q")
             assert terminal.exit_code() == 0
         finally:
