@@ -181,10 +181,10 @@ def test_a_follower_is_passed_over_for_the_leader(controller: tuple[ScriptedJobs
 def test_list_and_show_print_what_a_person_wants_to_know(controller: tuple[ScriptedJobs, str]) -> None:
     listed = _run(controller[1], "list")
     assert listed.exit_code == 0, listed.output
-    for word in ("digits", "running", "1 of 2 (1..4)", "2000"):
+    for word in ("digits", "running", "1/2", "2000"):
         assert word in listed.output
     shown = _run(controller[1], "show", "digits")
-    for word in ("node-a", "spare", "not connected", "node-b joined"):
+    for word in ("node-a", "spare", "not connected", "node-b joined", "1 to 4 nodes"):
         assert word in shown.output
 
 
@@ -215,7 +215,7 @@ def test_commands_change_the_job(controller: tuple[ScriptedJobs, str]) -> None:
 
 def test_errors_are_one_line_and_an_exit_code(controller: tuple[ScriptedJobs, str]) -> None:
     unknown = _run(controller[1], "show", "other")
-    assert unknown.exit_code == 1
+    assert unknown.exit_code == 3
     assert unknown.output.count("\n") == 1
     assert "no job 'other'" in unknown.output
     assert _run("no:port:here", "list", "--endpoint", "host:0").exit_code == 2

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
-import pty
-import select
-import struct
 import subprocess
-import termios
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 
-import pyte
 import pytest
 from harness.controller import STRETTO, ControllerProcess
 from harness.raw_job import PATIENT_LIMITS, RawJob
+from harness.terminal import PATIENCE_S, Terminal
 from rich.console import Console
 from stretto.top.keys import split
 from stretto.top.view import Picture, draw, duration, ordered, sparkline
 from stretto_proto.v1 import jobs_pb2
 from stretto_proto.v1 import types_pb2 as types
-
-PATIENCE_S = 60.0
 
 
 def job(name: str, phase: str = "running", **fields: float) -> jobs_pb2.Job:
@@ -66,7 +57,7 @@ def test_the_best_size_is_told_with_its_reason_and_the_rates_expected() -> None:
     shown.recommendation.CopyFrom(
         types.Recommendation(
             nodes=3,
-            reason="a fourth node would bring 31 % of what the first does",
+            reason="3 nodes: a fourth node would bring 31 % of what the first does",
             sizes=[
                 types.SizePrediction(nodes=1, progress_rate=100.0, seen=True),
                 types.SizePrediction(nodes=3, progress_rate=241.6),
@@ -76,8 +67,28 @@ def test_the_best_size_is_told_with_its_reason_and_the_rates_expected() -> None:
     lines = text(Picture(jobs=[shown], selected="a")).splitlines()
     assert max(map(len, lines)) <= 80
     assert next(line for line in lines if line.startswith("a ")).split()[3] == "3"
-    assert any("best 3: a fourth node would bring 31 %" in line for line in lines)
+    assert any("3 nodes: a fourth node would bring 31 %" in line for line in lines)
     assert any("1: 100  3: 242?" in line for line in lines)
+
+
+def test_many_jobs_and_nodes_leave_room_for_the_rest() -> None:
+    jobs = [job(f"job-{number:03}") for number in range(100)]
+    for number in range(50):
+        jobs[60].nodes.add(node_id=f"host-{number + 2}", state="active", slots=1, connected=True)
+    event = jobs_pb2.Event(time_s=1e9, kind="node_lost", reason="host-7 is lost")
+    console = Console(width=80, force_terminal=False)
+    picture = Picture(jobs=jobs, selected="job-060", events=[event] * 9, told="job-060: done")
+    for height in (24, 30, 50):
+        with console.capture() as captured:
+            console.print(draw(picture, 80, height))
+        lines = captured.get().splitlines()
+        assert len(lines) <= height - 2, "two are for the keys"
+        assert any(line.startswith("job-060 ") for line in lines)
+        assert any(line.startswith("jobs ") and line.endswith(" of 100") for line in lines)
+        assert sum("node lost: host-7" in line for line in lines) == 5
+        assert "host-2" in captured.get()
+        assert lines[-1] == "job-060: done"
+    assert len(text(Picture(jobs=jobs)).splitlines()) == 101, "without a screen there is no limit"
 
 
 def test_markup_in_names_and_reasons_is_text() -> None:
@@ -122,59 +133,14 @@ def test_keys_that_arrive_together_are_told_apart() -> None:
     assert split("y\r") == ["y", "enter"]
 
 
-class Terminal:
-    """A command on a pseudo-terminal of 80 x 24, and what a person would see there."""
-
-    def __init__(self, *command: str) -> None:
-        self._screen = pyte.Screen(80, 24)
-        self._stream = pyte.ByteStream(self._screen)
-        # Not pty.fork: this process has gRPC's threads, and the child of a fork would crash in them.
-        self._master, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
-        environment["TERM"] = "xterm-256color"
-        self._process = subprocess.Popen(
-            command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
-        )
-        os.close(theirs)
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self._screen.display)
-
-    def until(self, condition: Callable[[str], bool]) -> None:
-        deadline_s = time.monotonic() + PATIENCE_S
-        while not condition(self.text):
-            assert time.monotonic() < deadline_s, f"it did not show:\n{self.text}"
-            if select.select([self._master], [], [], 0.1)[0]:
-                try:
-                    self._stream.feed(os.read(self._master, 65536))
-                except OSError:
-                    assert condition(self.text), f"it ended:\n{self.text}"
-
-    def type(self, keys: str) -> None:
-        os.write(self._master, keys.encode())
-
-    def exit_code(self) -> int:
-        """Of the command, which is about to end; what it still says is read meanwhile."""
-        deadline_s = time.monotonic() + PATIENCE_S
-        while self._process.poll() is None:
-            assert time.monotonic() < deadline_s, self.text
-            if select.select([self._master], [], [], 0.05)[0]:
-                with suppress(OSError):
-                    self._stream.feed(os.read(self._master, 65536))
-        return self._process.returncode
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        os.close(self._master)
-
-
 @pytest.fixture
 def controller(tmp_path: Path) -> Iterator[ControllerProcess]:
     with ControllerProcess(tmp_path, **PATIENT_LIMITS) as controller:
         yield controller
+
+
+def _says_that_nobody_answers(text: str) -> bool:
+    return "did not answer" in text or "unavailable" in text.lower() or "reach" in text
 
 
 @pytest.mark.e2e
@@ -208,7 +174,9 @@ def test_a_job_is_watched_and_steered_through_a_terminal(controller: ControllerP
 
             # A controller that is away is said to be, and found again.
             controller.kill()
-            terminal.until(lambda text: "did not answer" in text or "unavailable" in text.lower() or "reach" in text)
+            terminal.until(_says_that_nobody_answers)
+            controller.start()
+            terminal.until(lambda text: "paused" in text and not _says_that_nobody_answers(text))
             terminal.type("q")
             assert terminal.exit_code() == 0
         finally:

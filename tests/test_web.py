@@ -94,6 +94,33 @@ async def test_patch_scales_pauses_and_resumes(site: Site) -> None:
     assert (answer.status_code, answer.json()["desired_nodes"]) == (200, 1)
 
 
+async def test_patch_sets_how_sizes_are_chosen(site: Site) -> None:
+    wanted = {"autoscale": {"mode": "act", "efficiency_floor": 0.3}}
+    job = (await site.ask("PATCH", "/api/v1/jobs/a", json=wanted)).json()
+    assert job["autoscale"] == {
+        "mode": "act", "goal": "progress", "efficiency_floor": 0.3, "deadline_s": None, "weight": 1.0, "priority": 0,
+    }  # fmt: skip
+    answer = await site.ask("PATCH", "/api/v1/jobs/a", json={"autoscale": {}})
+    assert (answer.status_code, "at least one of mode" in answer.json()["detail"]) == (400, True)
+    answer = await site.ask("PATCH", "/api/v1/jobs/a", json={"autoscale": {"goal": "deadline"}})
+    assert (answer.status_code, "no deadline is known" in answer.json()["detail"]) == (400, True)
+
+
+async def test_post_creates_a_job_and_drains_a_node(site: Site) -> None:
+    wanted = {"name": "b", "min_nodes": 1, "max_nodes": 4, "desired_nodes": 2, "autoscale": {"mode": "off"}}
+    answer = await site.ask("POST", "/api/v1/jobs", json=wanted)
+    assert (answer.status_code, answer.headers["location"]) == (201, "/api/v1/jobs/b")
+    assert (answer.json()["desired_nodes"], answer.json()["autoscale"]["mode"]) == (2, "off")
+    answer = await site.ask("POST", "/api/v1/jobs", json={**wanted, "max_nodes": 5})
+    assert answer.status_code == 409
+    answer = await site.ask("POST", "/api/v1/jobs", json={**wanted, "name": "c", "min_nodes": 9})
+    assert (answer.status_code, "give min_nodes <= max_nodes" in answer.json()["detail"]) == (400, True)
+    answer = await site.ask("POST", "/api/v1/jobs/a/nodes/nobody/drain")
+    assert answer.status_code == 404
+    answer = await site.ask("POST", "/api/v1/jobs/a/nodes/n0/drain")
+    assert answer.json()["nodes"][0]["state"] == "draining"
+
+
 async def test_delete_forgets_the_job(site: Site) -> None:
     assert (await site.ask("DELETE", "/api/v1/jobs/a")).status_code == 204
     assert (await site.ask("GET", "/api/v1/jobs/a")).status_code == 404
@@ -129,9 +156,11 @@ async def test_a_bad_request_has_one_clear_error_and_changes_nothing(
     answer = await site.ask(method, path, **options)
     assert answer.status_code == status, answer.text
     body = answer.json()
-    assert set(body) == {"error", "message"}
-    assert body["error"] == error
-    assert message in body["message"]
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert set(body) == {"type", "title", "status", "detail", "instance"}
+    assert body["type"] == f"urn:stretto:problem:{error}"
+    assert (body["status"], body["instance"]) == (status, path)
+    assert message in body["detail"]
     assert site.bench.runner.view("a").record is before
 
 
@@ -184,7 +213,7 @@ async def test_readiness_ends_with_a_failed_save_and_says_why(site: Site) -> Non
     assert (answer.status_code, answer.json()["reason"]) == (503, "a save failed: disk full")
     assert (await site.ask("GET", "/healthz")).status_code == 200
     answer = await site.ask("PATCH", "/api/v1/jobs/a", json={"paused": True})
-    assert (answer.status_code, answer.json()["error"]) == (503, "unavailable")
+    assert (answer.status_code, answer.json()["type"]) == (503, "urn:stretto:problem:unavailable")
     assert "stretto_controller_store_errors_total 1.0" in (await site.ask("GET", "/metrics")).text
 
 
@@ -320,6 +349,7 @@ async def test_the_api_describes_itself(site: Site) -> None:
         "/metrics",
         "/api/v1/jobs",
         "/api/v1/jobs/{job}",
+        "/api/v1/jobs/{job}/nodes/{node}/drain",
         "/api/v1/jobs/{job}/history",
         "/api/v1/jobs/{job}/events",
         "/api/v1/watch",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 
+from stretto_controller.core.goodput.prediction import Recommendation
 from stretto_controller.core.model import Cause, NodeState, Phase
 from stretto_controller.core.report import Histogram, Progress
 from stretto_controller.runner import Runner
@@ -73,6 +74,15 @@ FAMILIES = (
     Family("stretto_desired_nodes", GAUGE, "nodes", "Nodes that the job should have."),
     Family("stretto_min_nodes", GAUGE, "nodes", "Fewer nodes than this do not train."),
     Family("stretto_max_nodes", GAUGE, "nodes", "More nodes than this wait as spares."),
+    Family("stretto_recommended_nodes", GAUGE, "nodes", "The best size, as the job's goal has it; for HPA and KEDA."),
+    Family("stretto_predicted_progress_rate", GAUGE, "iterations per second", "d(tau)/dt at each size.", ("nodes",)),
+    Family(
+        "stretto_marginal_efficiency_ratio",
+        GAUGE,
+        "ratio",
+        "What each node beyond the size before brings, of what a node brings at the smallest size.",
+        ("nodes",),
+    ),
     Family("stretto_straggler_ratio", GAUGE, "ratio", "Longest time at an own part of a step over the median step."),
     Family("stretto_generation", GAUGE, "1", "Number of the current generation."),
     Family("stretto_generation_changes_total", COUNTER, "changes", "Generations begun, by cause.", ("reason",)),
@@ -183,9 +193,19 @@ def _job(samples: Samples, view: JobView, wall_s: float) -> None:
         samples.put("stretto_checkpoint_age_seconds", max(0.0, wall_s - view.marks.checkpoint_s), name)
     if view.straggler_ratio is not None:
         samples.put("stretto_straggler_ratio", view.straggler_ratio, name)
+    if view.recommendation is not None and not record.phase.finished:
+        _recommended(samples, name, view.recommendation)
     _counted(samples, view)
     if view.progress is not None:
         _progress(samples, view, view.progress)
+
+
+def _recommended(samples: Samples, name: str, recommendation: Recommendation) -> None:
+    if recommendation.nodes:
+        samples.put("stretto_recommended_nodes", recommendation.nodes, name)
+    for size in recommendation.sizes:
+        samples.put("stretto_predicted_progress_rate", size.progress_rate, name, str(size.nodes))
+        samples.put("stretto_marginal_efficiency_ratio", size.marginal_efficiency, name, str(size.nodes))
 
 
 def _counted(samples: Samples, view: JobView) -> None:

@@ -28,6 +28,7 @@ from stretto_controller.core.events import (
     WorkerStreamClosed,
 )
 from stretto_controller.core.limits import Limits
+from stretto_controller.core.model import JobState
 from stretto_controller.figures import DECISION_BOUNDS, Observations
 from stretto_controller.ledger import Job, Moment, Release
 from stretto_controller.sessions import Sessions
@@ -205,6 +206,11 @@ class Runner:
         found = (self._jobs.get(name), self._forgotten.get(name))
         views = (job.view(now_s) for job in found if job is not None)
         return next((view for view in views if view is not None), None)
+
+    def states(self) -> list[JobState]:
+        """Every job that is not finished, as decided, by name: for what is decided next, not to be shown."""
+        states = (self._jobs[name].state for name in sorted(self._jobs))
+        return [state for state in states if state is not None and not state.record.phase.finished]
 
     def news(self, name: str) -> asyncio.Event | None:
         """Set at the job's next event or end; None when there is no such job."""

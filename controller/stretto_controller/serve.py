@@ -15,6 +15,7 @@ from pathlib import Path
 
 from stretto_controller.auth.certificates import Certificates
 from stretto_controller.auth.tokens import Tokens
+from stretto_controller.reviewer import Reviewer
 from stretto_controller.runner import Runner, Unavailable
 from stretto_controller.service.server import GrpcServer, address
 from stretto_controller.settings import Settings, is_wildcard
@@ -83,7 +84,10 @@ class Term:
             settings = self.settings = replace(
                 settings, grpc_port=await grpc_server.start(), http_port=await http_server.start()
             )
-            term = asyncio.create_task(take_part(self._store, runner, lambda: _me(self.settings), again=self._again))
+            reviewer = Reviewer(runner, settings.service, settings.limits)
+            term = asyncio.create_task(
+                take_part(self._store, runner, reviewer, lambda: _me(self.settings), again=self._again)
+            )
             # Who leads at once, says so only then.
             await asyncio.wait([term], timeout=_ANNOUNCE_LATEST_S)
             if not self._again and not (term.done() and term.exception()):
@@ -104,7 +108,7 @@ class Term:
         return Outcome.AGAIN if settings.store == "etcd" else Outcome.FAILED
 
 
-async def take_part(store: Store, runner: Runner, me: Callable[[], Leader], *, again: bool) -> None:
+async def take_part(store: Store, runner: Runner, reviewer: Reviewer, me: Callable[[], Leader], *, again: bool) -> None:
     """Follow, then lead, until the lead is lost. again: this process has led, or followed, before.
 
     Raises StoreError at the first start, when a person reads it; later on nobody is there to start it again.
@@ -132,7 +136,11 @@ async def take_part(store: Store, runner: Runner, me: Callable[[], Leader], *, a
         return
     if store.leader.grpc_address:
         _log.info("this controller leads")
-    await store.lost.wait()
+    reviews = asyncio.create_task(reviewer.review_on())
+    try:
+        await store.lost.wait()
+    finally:
+        reviews.cancel()
     runner.lose(store.lost_reason)
 
 

@@ -53,6 +53,14 @@ class ServiceLimits:
     points_saved_s: float = 10.0
     # How often open pages are told what is new.
     watch_interval_s: float = 1.0
+    # How often the size of every job is looked at; half a millisecond of the controller's time for each.
+    review_interval_s: float = 5.0
+    # Nodes that all jobs share: those in mode act divide what the others leave. The default is no limit.
+    shared_nodes: int = 1_000_000
+    # Of the jobs that share nodes, at most so many change at one review; a larger number is restless,
+    changes_per_review: int = 4
+    # ... and none unless the sum of log-speedups grows by this: 0.02 is 2 % for one job.
+    worthwhile_log_speedup: float = 0.02
     # A finished job's metrics are exported for this long.
     finished_series_s: float = 600.0
     # On a stop, streams and requests have this long to end by themselves.

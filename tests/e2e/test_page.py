@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from harness.agents import Agents
-from harness.browser import Window, chromium
+from harness.browser import Window, chromium, take_picture
 from harness.certificates import Authority
 from harness.controller import ControllerProcess
 from harness.live_job import LiveJob
@@ -155,10 +155,10 @@ def test_a_story_is_watched_and_steered(browser: Browser, tmp_path: Path) -> Non
         expect(page.get_by_text("1 node is wanted now.")).to_be_visible(timeout=PATIENCE_MS)
         assert controller.get("/api/v1/jobs/job")["desired_nodes"] == 1
 
-        page.screenshot(path=tmp_path / "story-1280.png", full_page=True)
+        take_picture(page, "story-1280")
         page.set_viewport_size({"width": 390, "height": 844})
         page.emulate_media(color_scheme="dark", reduced_motion="reduce")
-        page.screenshot(path=tmp_path / "story-390.png", full_page=True)
+        take_picture(page, "story-390")
         page.set_viewport_size({"width": 1280, "height": 900})
 
         # Another has it save, and says where.
@@ -369,7 +369,7 @@ def show_sizes(page: Page) -> None:
             marginal_efficiency: 1 / nodes, seen, extrapolated });
           const sizes = [
             size(1, 20, true, false), size(2, 31, true, false), size(3, 38, false, false), size(8, 52, false, true)];
-          const reason = "a third node would bring 33 % of what one brings alone";
+          const reason = "2 nodes: a third node would bring 33 % of what one brings alone";
           const recommendation = { nodes: 2, reason, sizes, remaining_s: 61 };
           const autoscale = { mode: "recommend", goal: "progress" };
           const part = sizePart({ recommendation, autoscale, desired_nodes: 3 });
@@ -384,7 +384,7 @@ def show_sizes(page: Page) -> None:
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
 def test_the_page_is_readable_for_everyone(
-    controller: ControllerProcess, browser: Browser, tmp_path: Path, width: int, scheme: str
+    controller: ControllerProcess, browser: Browser, width: int, scheme: str
 ) -> None:
     window = Window(browser, width=width, scheme=scheme)
     page = window.page
@@ -400,7 +400,7 @@ def test_the_page_is_readable_for_everyone(
         page.goto(controller.http)
         expect(page.get_by_role("link", name="a", exact=True)).to_be_visible(timeout=PATIENCE_MS)
         assert axe(page) == []
-        page.screenshot(path=tmp_path / f"fleet-{width}-{scheme}.png", full_page=True)
+        take_picture(page, f"fleet-{width}-{scheme}")
         page.get_by_role("link", name="a", exact=True).click()
         expect(page.locator("figure[data-chart=loss] .values")).to_contain_text("loss 0.", timeout=PATIENCE_MS)
         show_sizes(page)
@@ -408,7 +408,7 @@ def test_the_page_is_readable_for_everyone(
         page.get_by_role("button", name="Scale").click()
         assert axe(page) == []
         page.keyboard.press("Escape")
-        page.screenshot(path=tmp_path / f"job-{width}-{scheme}.png", full_page=True)
+        take_picture(page, f"job-{width}-{scheme}")
         assert page.evaluate("document.documentElement.scrollWidth") <= width, "it scrolls sideways"
         assert min(lines(page)) > 250, "a chart is empty"
     window.close()

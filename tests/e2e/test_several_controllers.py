@@ -42,8 +42,8 @@ def test_followers_say_who_leads(pair: Controllers) -> None:
     status, body, _ = eventually(lambda: leader.grpc in str(readiness(follower)) and readiness(follower))
     assert (status, body["status"]) == (503, "not ready")
     status, body, headers = readiness(follower, "/api/v1/jobs")
-    assert (status, body["error"]) == (503, "unavailable")
-    assert leader.grpc in body["message"]
+    assert (status, body["type"]) == (503, "urn:stretto:problem:unavailable")
+    assert leader.grpc in body["detail"]
     assert headers["stretto-leader"] == leader.http
     assert readiness(follower, "/healthz")[0] == 200
     with grpc.insecure_channel(follower.grpc) as channel, pytest.raises(grpc.RpcError) as refused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
@@ -11,6 +12,8 @@ from harness.installed import installed
 
 # For whatever a page waits for, on a busy machine.
 PATIENCE_MS = 60_000.0
+# The tests' pictures stay here, for people to look at.
+PICTURES = Path(__file__).parents[2] / "build" / "pictures"
 _ARGUMENTS = [
     # As root, in a container, Chromium has no sandbox of its own.
     "--no-sandbox",
@@ -33,6 +36,11 @@ def chromium() -> Iterator[Browser]:
             yield browser
         finally:
             browser.close()
+
+
+def take_picture(page: Page, name: str) -> None:
+    """Of the whole page, however long it is."""
+    page.screenshot(path=PICTURES / f"{name}.png", full_page=True)
 
 
 class Window:

@@ -237,8 +237,8 @@ class RawLiveWorker:
         self.rank, self.generation = assignment.rank, assignment.generation
         return assignment
 
-    def progress(self, step: int) -> None:
-        self.say(progress=types.Progress(generation=self.generation, step=step, tau=float(step)))
+    def progress(self, step: int, **figures: Any) -> None:
+        self.say(progress=types.Progress(generation=self.generation, step=step, tau=float(step), **figures))
 
     def alive(self, step: int = 0, **pace: float) -> None:
         self.say(alive=training.WorkerAlive(generation=self.generation, step=step, **pace))

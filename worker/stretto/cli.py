@@ -8,7 +8,7 @@ import typer
 
 _GROUP = "stretto.commands"
 # Which extra brings what a subcommand needs.
-_EXTRAS = {"run": "worker", "demo": "all", "controller": "controller", "token": "controller"}
+_EXTRAS = {"run": "worker", "demo": "all", "controller": "controller", "token": "controller", "simulate": "simulate"}
 
 
 def build_app() -> typer.Typer:
@@ -16,7 +16,6 @@ def build_app() -> typer.Typer:
     app = typer.Typer(
         help="Elastic PyTorch training whose learning rate stays right.",
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
         # Help texts name extras in square brackets, which markup would swallow.
         rich_markup_mode=None,

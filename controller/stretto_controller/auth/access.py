@@ -32,6 +32,7 @@ class Access(StrEnum):
     SEE_ALL = "admin or viewer"
     SEE_JOB = "admin, viewer or the job's own token"
     CHANGE_JOB = "admin or the job's own token"
+    CHANGE_ALL = "admin"
 
 
 RPCS: dict[str, Access] = {
@@ -69,6 +70,9 @@ ROUTES: dict[tuple[str, str], Access] = {
     ("GET", "/readyz"): Access.OPEN,
     ("GET", "/metrics"): Access.SEE_ALL,
     ("GET", "/api/v1/jobs"): Access.SEE_ALL,
+    # Its name is in the body: only who may create any job may use it.
+    ("POST", "/api/v1/jobs"): Access.CHANGE_ALL,
+    ("POST", "/api/v1/jobs/{job}/nodes/{node}/drain"): Access.CHANGE_JOB,
     ("GET", "/api/v1/jobs/{job}"): Access.SEE_JOB,
     ("GET", "/api/v1/jobs/{job}/history"): Access.SEE_JOB,
     ("GET", "/api/v1/jobs/{job}/events"): Access.SEE_JOB,
@@ -89,9 +93,9 @@ def may_call(access: Access, who: Principal | None) -> bool:
         case Role.ADMIN:
             return True
         case Role.VIEWER:
-            return access is not Access.CHANGE_JOB
+            return access not in (Access.CHANGE_JOB, Access.CHANGE_ALL)
         case Role.JOB:
-            return access is not Access.SEE_ALL
+            return access not in (Access.SEE_ALL, Access.CHANGE_ALL)
 
 
 def may_touch(who: Principal, job: str) -> bool:

@@ -165,6 +165,15 @@ class AutoscaleRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class SizeReviewed:
+    """The job's size is looked at: every review_interval_s. wall_s: deadlines are given in wall-clock time."""
+
+    wall_s: float
+    # Nodes that the jobs which share them leave to this one.
+    share: int = 2**31
+
+
+@dataclass(frozen=True, slots=True)
 class PauseRequested:
     pass
 
@@ -219,6 +228,7 @@ Event = (
     | CheckpointFailed
     | ScaleRequested
     | AutoscaleRequested
+    | SizeReviewed
     | PauseRequested
     | ResumeRequested
     | DrainRequested

@@ -132,11 +132,18 @@ def _scale(draft: Draft, nodes: int) -> None:
 
 
 def _scale_requested(draft: Draft, event: ev.ScaleRequested) -> None:
+    before = draft.record.wanted_nodes
     _scale(draft, event.nodes)
+    if draft.record.wanted_nodes != before:
+        review.scaled_by_hand(draft)
 
 
 def _autoscale_requested(draft: Draft, event: ev.AutoscaleRequested) -> None:
     review.set_autoscale(draft, event.change)
+
+
+def _size_reviewed(draft: Draft, event: ev.SizeReviewed) -> None:
+    review.review(draft, review.Circumstances(event.wall_s, event.share))
 
 
 def _pause(draft: Draft, event: ev.PauseRequested) -> None:
@@ -195,6 +202,7 @@ _FACTS: Mapping[type, Callable[[Draft, Any], None]] = {
     ev.CheckpointFailed: workers.checkpoint_failed,
     ev.ScaleRequested: _scale_requested,
     ev.AutoscaleRequested: _autoscale_requested,
+    ev.SizeReviewed: _size_reviewed,
     ev.PauseRequested: _pause,
     ev.ResumeRequested: _resume,
     ev.DrainRequested: _drain,

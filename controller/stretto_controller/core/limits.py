@@ -53,6 +53,21 @@ class Limits:
     stop_limit_s: float = 45.0
     # A tick that comes later than this after the last one shows that the controller itself was held up.
     stall_s: float = 1.0
+    # A size counts as measured after so many steps, the first ones of its generation left out.
+    observed_steps: int = 5
+    # In mode act, so long between two changes of a job's size; longer is calmer and later,
+    resize_interval_s: float = 30.0
+    # ... and so long that pauses take at most this share of the time.
+    pause_share: float = 0.05
+    # Another size must be the better one for this long,
+    resize_confirm_s: float = 10.0
+    # ... by this share of what is compared: marginal efficiency with its floor, or costs.
+    resize_margin: float = 0.15
+    # What a change of size is taken to cost until one was measured: live workers, and workers that start anew.
+    live_pause_s: float = 1.0
+    restart_pause_s: float = 20.0
+    # Measured step times are saved at most this often; a crash loses what came since.
+    measured_saved_s: float = 60.0
     max_nodes: int = 4096
     max_slots: int = 64
 

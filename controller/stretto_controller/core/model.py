@@ -12,7 +12,9 @@ from enum import StrEnum
 
 from stretto_controller.core.errors import Rejected
 from stretto_controller.core.goodput.autoscale import Autoscale
+from stretto_controller.core.goodput.measured import Measured
 from stretto_controller.core.goodput.prediction import Recommendation
+from stretto_controller.core.goodput.review_state import Review
 from stretto_controller.core.report import NO_PACE, Checkpoint, Pace, Progress
 from stretto_controller.core.roster import Roster
 
@@ -268,6 +270,7 @@ class Record:
     desired_nodes: int = 0
     paused: bool = False
     autoscale: Autoscale = field(default_factory=Autoscale)
+    measured: Measured = field(default_factory=Measured)
     nodes: Mapping[str, Node] = field(default_factory=dict)
     next_order: int = 0
     generation: Generation | None = None
@@ -343,6 +346,7 @@ class Live:
     sessions: Mapping[str, Session] = field(default_factory=dict)
     workers: Roster = field(default_factory=Roster)
     progress: Progress | None = None
+    progress_s: float = 0.0
     step: int = 0
     step_advanced_s: float | None = None
     # FORMING, or a planned growth: no earlier than this, unless all who are wanted are there.
@@ -378,6 +382,7 @@ class Live:
     watched_s: float = 0.0
     # What the latest review of its size came to.
     recommendation: Recommendation | None = None
+    review: Review = field(default_factory=Review)
     ticked_s: float | None = None
 
 

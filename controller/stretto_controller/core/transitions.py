@@ -47,6 +47,7 @@ TABLE: Mapping[type, Mapping[Phase, Treatment]] = {
     ev.CheckpointFailed: _row(Treatment.TAKE, Treatment.IGNORE),
     ev.ScaleRequested: _row(Treatment.TAKE, Treatment.REFUSE),
     ev.AutoscaleRequested: _row(Treatment.TAKE, Treatment.REFUSE),
+    ev.SizeReviewed: _row(Treatment.TAKE, Treatment.IGNORE),
     ev.PauseRequested: _row(Treatment.TAKE, Treatment.REFUSE),
     ev.ResumeRequested: _row(Treatment.TAKE, Treatment.REFUSE),
     ev.DrainRequested: _row(Treatment.TAKE, Treatment.REFUSE),

@@ -271,7 +271,7 @@ def progressed(draft: Draft, event: ev.WorkerProgressed) -> None:
         if draft.live.pause_s is None:
             _first_step(draft, generation, progress.step)
     if worker.rank == 0:
-        draft.set_live(progress=progress)
+        draft.set_live(progress=progress, progress_s=draft.now_s)
 
 
 def _first_step(draft: Draft, generation: Generation, step: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Annotated
 
 from fastapi import Depends, FastAPI, Header, Path, Query, Request, Response
@@ -28,8 +29,10 @@ from stretto_controller.web.page import add_page
 from stretto_controller.web.watch import Watchers
 from stretto_controller.wire import checks
 
+PROBLEM = "application/problem+json"
 _ERRORS: dict[int | str, dict[str, object]] = {
-    status: {"model": schema.ErrorOut} for status in (400, 401, 403, 404, 409, 413, 429, 503)
+    status: {"model": schema.ProblemOut, "content": {PROBLEM: {}}}
+    for status in (400, 401, 403, 404, 409, 413, 429, 503)
 }
 JobName = Annotated[str, Path(alias="job", description="the job's name, a DNS label")]
 
@@ -70,17 +73,24 @@ def _gate(runner: Runner, tokens: Tokens) -> Callable[[Request], Awaitable[None]
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """Every error has the same shape: {"error": word, "message": text}."""
+    """Every error has the same shape, RFC 9457's."""
 
-    def answer(status: int, error: str, message: str) -> JSONResponse:
-        return JSONResponse(schema.ErrorOut(error=error, message=message).model_dump(), status_code=status)
+    def answer(request: Request, status: int, word: str, message: str) -> JSONResponse:
+        problem = schema.ProblemOut(
+            type=f"urn:stretto:problem:{word}",
+            title=HTTPStatus(status).phrase,
+            status=status,
+            detail=message,
+            instance=request.url.path,
+        )
+        return JSONResponse(problem.model_dump(), status_code=status, media_type=PROBLEM)
 
     @app.exception_handler(Rejected)
     @app.exception_handler(Unauthenticated)
     @app.exception_handler(Unavailable)
     async def refused(request: Request, error: Rejected | Unauthenticated | Unavailable) -> JSONResponse:
         status, word, message = http_status(error)
-        response = answer(status, word, message)
+        response = answer(request, status, word, message)
         if isinstance(error, Unauthenticated):
             response.headers["WWW-Authenticate"] = 'Bearer realm="stretto"'
         if isinstance(error, Unavailable):
@@ -95,11 +105,11 @@ def _answer_errors(app: FastAPI) -> None:
             f"{'.'.join(str(part) for part in problem['loc'] if part != 'body') or 'body'}: {problem['msg']}"
             for problem in error.errors()
         ]
-        return answer(400, "invalid", "; ".join(problems))
+        return answer(request, 400, "invalid", "; ".join(problems))
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> JSONResponse:
-        response = answer(error.status_code, "http", str(error.detail))
+        response = answer(request, error.status_code, "http", str(error.detail))
         response.headers.update(error.headers or {})
         return response
 
@@ -134,21 +144,36 @@ def _add_jobs(app: FastAPI, runner: Runner) -> None:
     async def list_jobs() -> schema.JobsOut:
         return schema.JobsOut(jobs=[schema.job_out(view) for view in runner.views()])
 
+    @app.post("/api/v1/jobs", status_code=201)
+    async def create_job(wanted: schema.JobCreate, response: Response) -> schema.JobOut:
+        """Create a job before any node comes. One that exists has to be asked for with the same spec."""
+        await runner.decide(checks.job_name(wanted.name), wanted.event())
+        response.headers["Location"] = f"/api/v1/jobs/{wanted.name}"
+        return schema.job_out(runner.view(wanted.name))
+
     @app.get("/api/v1/jobs/{job}")
     async def show_job(name: JobName) -> schema.JobOut:
         return schema.job_out(runner.view(checks.job_name(name)))
 
     @app.patch("/api/v1/jobs/{job}")
     async def change_job(name: JobName, patch: schema.JobPatch) -> schema.JobOut:
-        """Scale, pause, resume or save. Answers once the wish is saved; nodes follow."""
+        """Scale, choose how sizes are chosen, pause, resume or save. Answers once the wish is saved; nodes follow."""
         event: ev.Event
         if patch.nodes is not None:
             event = ev.ScaleRequested(patch.nodes)
+        elif patch.autoscale is not None:
+            event = ev.AutoscaleRequested(patch.autoscale.change())
         elif patch.checkpoint:
             event = ev.CheckpointRequested()
         else:
             event = ev.PauseRequested() if patch.paused else ev.ResumeRequested()
         await runner.decide(checks.job_name(name), event)
+        return schema.job_out(runner.view(name))
+
+    @app.post("/api/v1/jobs/{job}/nodes/{node}/drain")
+    async def drain_node(name: JobName, node: Annotated[str, Path(description="as the job names it")]) -> schema.JobOut:
+        """The node leaves at the next step boundary."""
+        await runner.decide(checks.job_name(name), ev.DrainRequested(checks.node_id(node)))
         return schema.job_out(runner.view(name))
 
     @app.delete("/api/v1/jobs/{job}", status_code=204)

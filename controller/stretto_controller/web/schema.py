@@ -8,12 +8,21 @@ import re
 from collections.abc import Iterable
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, model_validator
 
-from stretto_controller.core.model import Generation, NodeState
+from stretto_controller.core.events import JobCreated
+from stretto_controller.core.goodput.autoscale import AutoscaleChange
+from stretto_controller.core.model import Generation, JobSpec, Mode, NodeState
 from stretto_controller.curve import Curve
 from stretto_controller.snapshot import JobView
 from stretto_controller.store.contents import GenerationSummary, StoredEvent
+from stretto_controller.web.autoscale_schema import (
+    AutoscaleOut,
+    AutoscalePatch,
+    RecommendationOut,
+    autoscale_out,
+    recommendation_out,
+)
 
 # Of a point's figures; seven digits are more than a chart can show.
 _FORMATS = {"time_s": "%.3f", "generation": "%d", "step": "%d"}
@@ -97,6 +106,8 @@ class JobOut(BaseModel):
     progress_rate: float = Field(description="d(tau)/dt in iterations per second; 0 until known")
     remaining_s: float | None
     checkpoint: CheckpointOut | None
+    autoscale: AutoscaleOut
+    recommendation: RecommendationOut | None = Field(description="null until the job's size was looked at")
 
 
 class JobsOut(BaseModel):
@@ -152,24 +163,64 @@ class EventsOut(BaseModel):
 
 
 class JobPatch(BaseModel):
-    """What is wanted of the job: exactly one of the three."""
+    """What is wanted of the job: exactly one of the four."""
 
     model_config = ConfigDict(extra="forbid")
 
     nodes: StrictInt | None = Field(default=None, ge=1, le=2**31 - 1)
     paused: StrictBool | None = None
     checkpoint: Literal[True] | None = Field(default=None, description="write one at the next step boundary")
+    autoscale: AutoscalePatch | None = None
 
     @model_validator(mode="after")
     def _exactly_one(self) -> JobPatch:
-        if [self.nodes, self.paused, self.checkpoint].count(None) != 2:
-            raise ValueError('give exactly one of {"nodes": n}, {"paused": true or false} and {"checkpoint": true}')
+        if [self.nodes, self.paused, self.checkpoint, self.autoscale].count(None) != 3:
+            raise ValueError(
+                'give exactly one of {"nodes": n}, {"paused": true or false}, {"checkpoint": true} and '
+                '{"autoscale": {"mode": ...}}'
+            )
         return self
 
 
-class ErrorOut(BaseModel):
-    error: str = Field(description="a short, stable word")
-    message: str
+class JobCreate(BaseModel):
+    """A job before any node comes. Zero: not said."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    min_nodes: StrictInt = Field(ge=1, le=2**31 - 1)
+    max_nodes: StrictInt = Field(ge=1, le=2**31 - 1)
+    mode: Literal["restart", "in-process"] = "in-process"
+    base_batch_size: StrictInt = Field(default=0, ge=0, le=2**53 - 1)
+    batch_size: StrictInt = Field(default=0, ge=0, le=2**53 - 1)
+    global_batch_size: StrictInt = Field(default=0, ge=0, le=2**53 - 1)
+    target_tau: StrictFloat | StrictInt = Field(default=0.0, ge=0, lt=2**53)
+    desired_nodes: StrictInt = Field(default=0, ge=0, le=2**31 - 1, description="0 means max_nodes")
+    autoscale: AutoscalePatch | None = None
+
+    def event(self) -> JobCreated:
+        """Raises Rejected for a spec that no job can have."""
+        spec = JobSpec(
+            self.min_nodes,
+            self.max_nodes,
+            Mode(self.mode),
+            self.base_batch_size,
+            self.batch_size,
+            self.global_batch_size,
+            float(self.target_tau),
+        )
+        spec.validate()
+        return JobCreated(spec, self.desired_nodes, self.autoscale.change() if self.autoscale else AutoscaleChange())
+
+
+class ProblemOut(BaseModel):
+    """Every error, as RFC 9457 has it (application/problem+json)."""
+
+    type: str = Field(description="urn:stretto:problem: and a short, stable word")
+    title: str = Field(description="the status in words")
+    status: int
+    detail: str = Field(description="what was given, what is allowed, and what to do")
+    instance: str = Field(description="the path that was asked for")
 
 
 class Health(BaseModel):
@@ -245,6 +296,8 @@ def job_out(view: JobView) -> JobOut:
         )
         if checkpoint
         else None,
+        autoscale=autoscale_out(record.autoscale),
+        recommendation=recommendation_out(view.recommendation) if view.recommendation else None,
     )
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import ssl
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from typing import Annotated
 
 import typer
@@ -22,6 +24,7 @@ from stretto.errors import Fatal, StrettoError
 from stretto.session_state import PROTOCOL_VERSION
 
 _TIMEOUT_S = 5.0
+_TORCH_S = 60.0
 # More than this between two machines makes their logs hard to read side by side; nothing else depends on it.
 _CLOCK_LIMIT_S = 2.0
 _HTTP_PORT = 8080
@@ -47,10 +50,11 @@ def doctor(
         str | None, typer.Option(help=f"Default: the variable {ENDPOINT_VARIABLE}, then {DEFAULT_ENDPOINT}.")
     ] = None,
 ) -> None:
-    """Say what is wrong with this machine's way to its controllers: names, ports, TLS, token, versions, clocks."""
+    """Say what is wrong with this machine's way to its controllers: ports, TLS, token, versions, torch, clocks."""
     console = Console(soft_wrap=True, highlight=False)
     wrong = 0
-    for finding in examine(endpoint or os.environ.get(ENDPOINT_VARIABLE) or DEFAULT_ENDPOINT, os.environ):
+    way = examine(endpoint or os.environ.get(ENDPOINT_VARIABLE) or DEFAULT_ENDPOINT, os.environ)
+    for finding in chain(way, _torch()):
         wrong += not finding.ok
         console.print(("ok     " if finding.ok else "WRONG  ") + finding.text, markup=False)
         if finding.remedy:
@@ -89,6 +93,44 @@ def _versions() -> Iterator[Finding]:
         except PackageNotFoundError:
             found.append(f"{package} is not installed")
     yield Finding(True, ", ".join(found))
+
+
+# In a process of its own: torch takes seconds to import, and may not be importable at all.
+_TORCH = """
+import torch, torch.distributed as dist
+found = [name for name in ("gloo", "nccl", "mpi") if getattr(dist, f"is_{name}_available")()]
+devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+print(", ".join(found) or "none", devices)
+"""
+
+
+def _torch() -> Iterator[Finding]:
+    """Which backends a worker on this machine could use."""
+    try:
+        version("torch")
+    except PackageNotFoundError:
+        # A machine for the controller or the command line needs none.
+        return
+    try:
+        done = subprocess.run([sys.executable, "-c", _TORCH], capture_output=True, text=True, timeout=_TORCH_S)
+    except subprocess.TimeoutExpired:
+        yield Finding(
+            False, f"torch takes more than {_TORCH_S:.0f} s to import", "is the disk slow, or the machine busy?"
+        )
+        return
+    if done.returncode:
+        yield Finding(
+            False,
+            f"torch cannot be imported: {done.stderr.strip().splitlines()[-1]}",
+            "install a build for this machine",
+        )
+        return
+    backends, _, devices = done.stdout.strip().rpartition(" ")
+    yield Finding(
+        "gloo" in backends,
+        f"torch's backends: {backends}; {devices} GPUs",
+        "" if "gloo" in backends else "install a torch with gloo: live workers need it",
+    )
 
 
 def _reach(endpoint: str, credentials: Credentials) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 from stretto_proto.v1 import jobs_pb2
 
-from stretto.commands.jobs import nodes_table
+from stretto.commands.job_tables import nodes_table
 
 _PLAIN_INTERVAL_S = 5.0
 # The steps on the way to what `running` tells, and what the story itself has just said.

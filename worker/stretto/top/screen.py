@@ -127,7 +127,7 @@ def watch(client: JobsClient, console: Console, interval_s: float) -> None:
     screen = Screen(client)
 
     def drawn() -> Group:
-        return Group(draw(screen.picture, console.width), "", keys_line(screen.picture.sort))
+        return Group(draw(screen.picture, console.width, console.height), "", keys_line(screen.picture.sort))
 
     with single_keys(), Live(console=console, screen=True, auto_refresh=False) as live:
         while True:

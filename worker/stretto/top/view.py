@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,11 @@ SORTS = ("name", "phase", "left", "rate")
 _BARS = "▁▂▃▄▅▆▇█"
 _STYLES = {"running": "green", "succeeded": "green", "failed": "red", "paused": "cyan"}
 _EVENTS = 5
+_NODES = 12
+# What a screen has beside the list of jobs and the chosen one's details: headings, an answer, keys.
+_FRAME_LINES = 7
+# At least so many are the details', where there are many jobs.
+_DETAIL_LINES = 13
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +86,23 @@ def _size(size_bytes: float) -> str:
     return f"{size_bytes:.3g} GB"
 
 
-def draw(picture: Picture, width: int) -> RenderableType:
-    """The whole screen, for a terminal of that width; 80 columns hold everything."""
-    parts: list[RenderableType] = [_table(picture, width)]
+def draw(picture: Picture, width: int, height: int | None = None) -> RenderableType:
+    """The whole screen, for a terminal of that width; 80 columns hold everything.
+
+    height: in lines. Of more jobs than it holds, those around the chosen one are shown; None: all are.
+    """
+    jobs = ordered(picture.jobs, picture.sort)
+    first, last = _window(
+        jobs, picture.selected, len(jobs) if height is None else max(3, height - _FRAME_LINES - _DETAIL_LINES)
+    )
+    parts: list[RenderableType] = [_table(jobs[first:last], picture, width)]
+    if last - first < len(jobs):
+        parts.append(_line(f"jobs {first + 1} to {last} of {len(jobs)}", "dim"))
     chosen = next((job for job in picture.jobs if job.name == picture.selected), None)
     if chosen is not None:
-        parts += [Text(), *_details(chosen, picture, width)]
+        details = _details(chosen, picture, width)
+        room = len(details) if height is None else max(4, height - (last - first) - _FRAME_LINES)
+        parts += [Text(), *details[:room]]
     if picture.told:
         parts += [Text(), Text(picture.told, style="red" if picture.failed else "green")]
     if picture.asking:
@@ -102,7 +119,14 @@ def keys_line(sort: str) -> Text:
     )
 
 
-def _table(picture: Picture, width: int) -> Table:
+def _window(jobs: Sequence[jobs_pb2.Job], selected: str, size: int) -> tuple[int, int]:
+    """From which job to which, so that the chosen one is in the middle as far as possible."""
+    here = next((place for place, job in enumerate(jobs) if job.name == selected), 0)
+    first = max(0, min(here - size // 2, len(jobs) - size))
+    return first, min(len(jobs), first + size)
+
+
+def _table(jobs: Sequence[jobs_pb2.Job], picture: Picture, width: int) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", width=width, padding=(0, 1, 0, 0))
     table.add_column("job", ratio=1, no_wrap=True, overflow="ellipsis", min_width=8)
     table.add_column("phase", no_wrap=True, width=9, overflow="ellipsis")
@@ -110,7 +134,7 @@ def _table(picture: Picture, width: int) -> Table:
         table.add_column(heading, justify="right", no_wrap=True, width=columns, overflow="ellipsis")
     table.add_column("d(tau)/dt", no_wrap=True, width=14)
     rates = picture.rates or {}
-    for job in ordered(picture.jobs, picture.sort):
+    for job in jobs:
         active = sum(1 for node in job.nodes if node.state == "active")
         target = f"/{job.spec.target_tau:.0f}" if job.spec.target_tau else ""
         table.add_row(
@@ -126,7 +150,7 @@ def _table(picture: Picture, width: int) -> Table:
             Text(f"{job.progress_rate:6.4g} {sparkline(rates.get(job.name, ()), 7)}"),
             style="reverse" if job.name == picture.selected else "",
         )
-    if not picture.jobs:
+    if not jobs:
         table.add_row(Text("no jobs", style="dim"))
     return table
 
@@ -147,13 +171,18 @@ def _details(job: jobs_pb2.Job, picture: Picture, width: int) -> list[Renderable
     if saved.step:
         size = _size(saved.size_bytes)
         lines.append(_line(f"saved step {saved.step}, {size} in {saved.duration_s:.2g} s: {saved.path}"))
-    for node in job.nodes:
+    lines += [
+        _line(f"  {_clock(event.time_s)} {event.kind.replace('_', ' ')}: {event.reason}", "dim")
+        for event in picture.events[-_EVENTS:]
+    ]
+    for node in job.nodes[:_NODES]:
         heard = f"heard {node.silent_s:.1f} s ago" if node.connected else "not connected"
         rank = f"rank {node.node_rank}" if node.node_rank >= 0 else ""
-        text = f"  {node.node_id:<30.30} {node.state:<9} {rank:<8} {node.slots} slots   {heard}"
-        style = "" if node.connected else "red"
-        lines.append(_line(text[:width], style))
-    lines += [_line(f"  {event.kind.replace('_', ' ')}: {event.reason}", "dim") for event in picture.events[-_EVENTS:]]
+        slots = f"{node.slots} slot{'s' if node.slots != 1 else ''}"
+        text = f"  {node.node_id:<30.30} {node.state:<9} {rank:<8} {slots:<9} {heard}"
+        lines.append(_line(text[:width], "" if node.connected else "red"))
+    if len(job.nodes) > _NODES:
+        lines.append(_line(f"  and {len(job.nodes) - _NODES} more nodes: stretto jobs show {job.name}", "dim"))
     return lines
 
 
@@ -161,14 +190,17 @@ def _size_lines(recommendation: types_pb2.Recommendation) -> list[RenderableType
     """Which size is best and why, and the progress rate that is expected of each."""
     if not recommendation.reason:
         return []
-    best = f"best {recommendation.nodes}: " if recommendation.nodes else ""
-    lines: list[RenderableType] = [_line(f"{best}{recommendation.reason}")]
+    lines: list[RenderableType] = [_line(recommendation.reason)]
     if recommendation.sizes:
         sizes = "  ".join(
             f"{size.nodes}: {size.progress_rate:.3g}{'' if size.seen else '?'}" for size in recommendation.sizes
         )
         lines.append(_line(f"d(tau)/dt by nodes  {sizes}"))
     return lines
+
+
+def _clock(time_s: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(time_s))
 
 
 def _line(text: str, style: str = "") -> Text:

@@ -42,6 +42,8 @@ class Recommendation:
     # 0: the job's own.
     batch_size: int = 0
     accumulation: int = 0
+    # What would be recommended if no other job shared the nodes.
+    wish: int = 0
 
     def at(self, nodes: int) -> SizePrediction | None:
         """The prediction for a size; None where there is none."""

@@ -15,7 +15,7 @@ export function sizePart({ recommendation, autoscale, desired_nodes }) {
   const heads = ["nodes", "workers", "S", "gain r", "step", "d(tau)/dt", "each brings", "basis"];
   const left = nodes && remaining_s !== null ? ` With ${nodes} it would be done in ${duration(remaining_s)}.` : "";
   return element("div", {},
-    element("p", {}, nodes ? element("b", {}, `${nodes} ${nodes === 1 ? "node" : "nodes"}: `) : null, `${reason}.${left}`),
+    element("p", {}, `${reason}.${left}`),
     sizes.length ? table("Sizes", heads, rows.map((row) => row.map(cell))) : null,
     element("p", { class: "dim" }, MODES[autoscale.mode] ?? ""));
 }

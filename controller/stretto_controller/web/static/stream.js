@@ -36,8 +36,8 @@ export async function ask(method, path, body) {
     body: body ? JSON.stringify(body) : undefined,
   });
   if (response.status === 204) return null;
-  const answer = await response.json().catch(() => ({ message: `the controller answered ${response.status}` }));
-  if (!response.ok) throw new Refused(answer.message);
+  const answer = await response.json().catch(() => ({ detail: `the controller answered ${response.status}` }));
+  if (!response.ok) throw new Refused(answer.detail);
   return answer;
 }
 

@@ -1,0 +1,1 @@
+"""`stretto simulate`: what policies make of a trace of jobs on shared nodes, in simulated time."""
