@@ -201,16 +201,16 @@ class Runner:
             raise Rejected.not_found(f"there is no job {name!r}; `stretto jobs list` shows those that exist")
         return view
 
-    def states(self) -> list[JobState]:
-        """Every job that is not finished, as decided, by name: for what is decided next, not to be shown."""
-        states = (self._jobs[name].state for name in sorted(self._jobs))
-        return [state for state in states if state is not None and not state.record.phase.finished]
-
     def _view(self, name: str, now_s: float) -> JobView | None:
         """As far as it is saved: a name that is used again shows the job before it until then."""
         found = (self._jobs.get(name), self._forgotten.get(name))
         views = (job.view(now_s) for job in found if job is not None)
         return next((view for view in views if view is not None), None)
+
+    def states(self) -> list[JobState]:
+        """Every job that is not finished, as decided, by name: for what is decided next, not to be shown."""
+        states = (self._jobs[name].state for name in sorted(self._jobs))
+        return [state for state in states if state is not None and not state.record.phase.finished]
 
     def news(self, name: str) -> asyncio.Event | None:
         """Set at the job's next event or end; None when there is no such job."""

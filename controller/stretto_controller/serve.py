@@ -73,7 +73,6 @@ class Term:
     async def _serve(self, stopped: asyncio.Event) -> Outcome:
         settings, runner = self.settings, self.runner
         term: asyncio.Task[None] | None = None
-        reviews: asyncio.Task[None] | None = None
         security = settings.security
         tokens = Tokens(security.tokens, security.reload_interval_s)
         certificates = None
@@ -85,8 +84,10 @@ class Term:
             settings = self.settings = replace(
                 settings, grpc_port=await grpc_server.start(), http_port=await http_server.start()
             )
-            term = asyncio.create_task(take_part(self._store, runner, lambda: _me(self.settings), again=self._again))
-            reviews = asyncio.create_task(Reviewer(runner, settings.service, settings.limits).review_on())
+            reviewer = Reviewer(runner, settings.service, settings.limits)
+            term = asyncio.create_task(
+                take_part(self._store, runner, reviewer, lambda: _me(self.settings), again=self._again)
+            )
             # Who leads at once, says so only then.
             await asyncio.wait([term], timeout=_ANNOUNCE_LATEST_S)
             if not self._again and not (term.done() and term.exception()):
@@ -96,7 +97,6 @@ class Term:
                 term.result()
         finally:
             await _cancelled(term)
-            await _cancelled(reviews)
             await runner.stop()
             await grpc_server.stop()
             if runner.failure is not None and settings.store == "sqlite":
@@ -108,7 +108,7 @@ class Term:
         return Outcome.AGAIN if settings.store == "etcd" else Outcome.FAILED
 
 
-async def take_part(store: Store, runner: Runner, me: Callable[[], Leader], *, again: bool) -> None:
+async def take_part(store: Store, runner: Runner, reviewer: Reviewer, me: Callable[[], Leader], *, again: bool) -> None:
     """Follow, then lead, until the lead is lost. again: this process has led, or followed, before.
 
     Raises StoreError at the first start, when a person reads it; later on nobody is there to start it again.
@@ -136,7 +136,11 @@ async def take_part(store: Store, runner: Runner, me: Callable[[], Leader], *, a
         return
     if store.leader.grpc_address:
         _log.info("this controller leads")
-    await store.lost.wait()
+    reviews = asyncio.create_task(reviewer.review_on())
+    try:
+        await store.lost.wait()
+    finally:
+        reviews.cancel()
     runner.lose(store.lost_reason)
 
 

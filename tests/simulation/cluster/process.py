@@ -11,6 +11,7 @@ import grpc
 from simulation.cluster.disk import DiskStore
 from simulation.cluster.loop import ProcessLoop
 from simulation.cluster.members import MEMBERS, Channel
+from stretto_controller.reviewer import Reviewer
 from stretto_controller.runner import Clocks, Runner, Unavailable
 from stretto_controller.serve import take_part
 from stretto_controller.service.errors import LEADER_KEY, abort
@@ -241,8 +242,9 @@ class Process:
         clocks = Clocks(lambda: world.scheduler.now_s, lambda: 1e9 + world.scheduler.now_s)
         runner = Runner(store, setup.service, setup.limits, clocks=clocks)
         self.runner, self.store = runner, store
+        reviewer = Reviewer(runner, setup.service, setup.limits)
         me = Leader(self.address, f"http://{self.address}")
-        taking = asyncio.get_running_loop().create_task(take_part(store, runner, lambda: me, again=again))
+        taking = asyncio.get_running_loop().create_task(take_part(store, runner, reviewer, lambda: me, again=again))
         failed = asyncio.get_running_loop().create_task(runner.failed.wait())
         try:
             await asyncio.wait([taking, failed], return_when=asyncio.FIRST_COMPLETED)
