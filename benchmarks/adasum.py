@@ -147,11 +147,11 @@ def report(world_size: int, by_rank: list[dict[tuple[int, int], dict[str, Any]]]
     if table:
         print(f"\n{world_size} ranks: what auto takes")
         for (elements, tensors), found in by_rank[0].items():
-            medians = {
-                name: statistics.median(wall for wall, _ in found["times"][name]) * 1e3 for name in ("rvh", "gram")
-            }
-            line = "   ".join(f"{name} {took:8.2f} ms" for name, took in medians.items())
-            print(f"  {elements:>10} elements in {tensors:>6} tensors   {line}   auto: {found['chosen']}")
+            line = ""
+            for name in ("rvh", "gram"):
+                wall_s, cpu_s = (statistics.median(column) for column in zip(*found["times"][name], strict=True))
+                line += f"   {name} wall {wall_s * 1e3:8.2f} ms, CPU {cpu_s * 1e3:8.2f} ms"
+            print(f"  {elements:>10} elements in {tensors:>6} tensors{line}   auto: {found['chosen']}")
 
 
 def main() -> None:
