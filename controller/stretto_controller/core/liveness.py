@@ -57,14 +57,18 @@ def lost_at_s(record: Record, live: Live, node: Node, limits: Limits) -> float |
 def idle_lost_at_s(record: Record, live: Live, node: Node, limits: Limits) -> float:
     """When live workers that wait for their places count as hung: silent for that long, while their agent is well.
 
-    Those that never spoke may take long to load; nobody but a person knows.
+    Those that never spoke may take long to load; nobody but a person knows. Those that spoke to the controller before
+    it was started again are silent from its start on.
     """
     waits = node.state in (NodeState.JOINING, NodeState.SPARE) and not node.ending
     agent = live.sessions.get(node.node_id)
-    crew = live.workers.crew(node.node_id)
-    if not record.in_process or not waits or not crew.workers or agent is None or agent.closed_s is not None:
+    if not record.in_process or not waits or agent is None or agent.closed_s is not None:
         return math.inf
-    return crew.silent_since_s + limits.hang_limit_s
+    crew = live.workers.crew(node.node_id)
+    since_s = [crew.silent_since_s] if crew.workers else []
+    if any(rank not in crew.ranks for rank in node.spoken):
+        since_s.append(live.watched_s)
+    return min(since_s, default=math.inf) + limits.hang_limit_s
 
 
 def _silent_s(record: Record, live: Live, node: Node, signs: _Signs, limits: Limits) -> float:
@@ -111,7 +115,7 @@ def _agent_signs(live: Live, node: Node) -> _Signs:
 def _worker_signs(live: Live, node: Node) -> _Signs:
     """Of the live worker that has been silent, or away, the longest."""
     crew = live.workers.crew(node.node_id)
-    if crew.seats < node.slots:
+    if len(crew.ranks) < node.slots:
         return _Signs(live.watched_s, live.watched_s)
     return _Signs(crew.silent_since_s, crew.closed_s)
 

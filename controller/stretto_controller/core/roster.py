@@ -41,9 +41,9 @@ class Crew:
         return min((w.heard_s for w in self.open), default=math.inf)
 
     @cached_property
-    def seats(self) -> int:
-        """How many local ranks have, or had, a stream."""
-        return len({w.local_rank for w in self.workers})
+    def ranks(self) -> frozenset[int]:
+        """The local ranks that have, or had, a stream."""
+        return frozenset(w.local_rank for w in self.workers)
 
     @cached_property
     def silent_since_s(self) -> float:
