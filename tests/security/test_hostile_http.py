@@ -32,7 +32,7 @@ def _examine(under_fire: UnderFire, examples: int) -> None:
     @seed(1)
     @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(case=cases, existing=st.booleans())
-    def examine(case: Case, existing: bool) -> None:
+    def examine(case: Case[Any], existing: bool) -> None:
         if existing and "job" in (case.path_parameters or {}):
             case.path_parameters["job"] = HOSTILE
         headers = {**under_fire.header("admin"), "accept": "application/json"}
