@@ -251,6 +251,25 @@ def _job_training(board: Dashboard) -> None:
         f" / on (training_job) group_left () max without (instance, job) (stretto_world_size{{{JOB}}})"
     )
     board.add("timeseries", "d(tau)/dt per worker", "iops", {"per worker": by_size}, minimum=0)
+    expected = {"{{nodes}} nodes": _of_job("stretto_predicted_progress_rate")}
+    board.add(
+        "timeseries",
+        "d(tau)/dt by size: predicted, and measured",
+        "iops",
+        {**expected, "measured": _of_job("stretto_progress_rate")},
+        minimum=0,
+        description="What the controller expects at each number of nodes, from the sizes that it has seen.",
+    )
+    floor = [(None, "red"), (0.5, "green")]
+    board.add(
+        "timeseries",
+        "What each added node brings",
+        "percentunit",
+        {"{{nodes}} nodes": _of_job("stretto_marginal_efficiency_ratio")},
+        steps=floor,
+        minimum=0,
+        description="As a share of what a node brings at min_nodes; 50 % is the usual floor of what is recommended.",
+    )
     noise = {"variance": _of_job("stretto_gradient_variance"), "squared norm": _of_job("stretto_gradient_sqr_norm")}
     board.add("timeseries", "Gradient", "none", noise, description="What the gain is made of.")
     worth = {"share": f"max by (training_job) (stretto:added_scale_worth:ratio{{{JOB}}})"}
@@ -281,6 +300,7 @@ def _job_changes(board: Dashboard) -> None:
     nodes = {
         "{{state}}": _of_job("stretto_nodes"),
         "wanted": _of_job("stretto_desired_nodes"),
+        "recommended": _of_job("stretto_recommended_nodes"),
         "min": _of_job("stretto_min_nodes"),
         "max": _of_job("stretto_max_nodes"),
     }

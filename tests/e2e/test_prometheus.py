@@ -43,7 +43,7 @@ class Watched:
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     directory = tmp_path_factory.mktemp("watched")
     with (
-        ControllerProcess(directory) as controller,
+        ControllerProcess(directory, STRETTO_SERVICE_REVIEW_INTERVAL_S="0.5") as controller,
         Prometheus(directory / "prometheus", controller.http.removeprefix("http://")) as prometheus,
         Agents(directory / "agents", controller.grpc, nnodes="1:3") as agents,
     ):
@@ -62,6 +62,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         prometheus.until(
             lambda: len(prometheus.query("stretto_reconfigure_seconds_count > 0")) == 2, "a change was not seen"
         )
+        prometheus.until(lambda: prometheus.query("stretto_recommended_nodes"), "no size was recommended")
         prometheus.until(lambda: prometheus.query("rate(stretto_steps_total[5s]) > 0"), "no rate was seen")
         yield Watched(controller, prometheus)
 

@@ -21,7 +21,7 @@ async function request(path, options = {}) {
   const response = await fetch(path, { ...options, headers, cache: "no-store" });
   if (response.status !== 401 && response.status !== 403) return response;
   const answer = await response.json();
-  const message = token === null ? "only those who have a token are answered" : answer.detail ?? answer.message;
+  const message = token === null ? "only those who have a token are answered" : answer.detail;
   const given = await anotherToken(message);
   if (!given) throw new Refused(message);
   sessionStorage.setItem(TOKEN, given);
