@@ -7,11 +7,11 @@ PY := .venv/bin/python
 STAMP := .venv/.installed
 GENERATORS := .venv-proto/.installed
 TOOLS := .venv/.debian-packages
-SOURCES := proto controller worker tests benchmarks examples
+SOURCES := proto controller worker k8s tests benchmarks examples
 SOAK_S ?= 600
 PYTEST_ARGS ?=
 
-.PHONY: help demo test gpu check soak format lint types contracts proto proto-check static bench traces dashboards clean
+.PHONY: help demo test gpu check soak format lint types contracts proto proto-check static bench traces dashboards manifests clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,9 +24,10 @@ $(GENERATORS): proto/requirements.txt tools/make_venv.sh
 	tools/make_venv.sh .venv-proto -r proto/requirements.txt
 	touch $@
 
-$(TOOLS): tools/debian_packages.sh | $(STAMP)
+$(TOOLS): tools/debian_packages.sh tools/kubernetes_tools.py | $(STAMP)
 	tools/debian_packages.sh ip=iproute2 prometheus=prometheus promtool=prometheus chromium=chromium \
 	  etcd=etcd-server openssl=openssl
+	$(PY) tools/kubernetes_tools.py
 	touch $@
 
 demo: $(STAMP) ## train a small CNN on MNIST while nodes come, die and drain (under 4 minutes)
@@ -74,6 +75,9 @@ traces: $(STAMP) ## rewrite the golden traces and the generated parts of the doc
 
 dashboards: $(STAMP) ## write the Grafana dashboards
 	$(PY) tools/dashboards.py deploy/grafana/dashboards
+
+manifests: $(STAMP) $(TOOLS) ## write the kustomize bases from the Helm chart
+	$(PY) tools/manifests.py deploy/kustomize
 
 clean: ## remove everything that make made
 	rm -rf .venv .venv-proto .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .stretto

@@ -9,8 +9,11 @@ r"""What AdaScale costs beside plain DDP, as paired ratios of step times within 
 Two gloo ranks on this machine, unless told otherwise. Every round runs each variant once, in rotated order, so that
 each ratio compares neighbours in time; "ddp again" is a second plain DDP, whose ratio is the noise: its interval has to
 be narrower than what is claimed. "stretto k=8" measures gradients in every eighth step only, after 100. Printed: median
-paired ratios of wall and of CPU time (of the GPU's, with --device cuda) with 95 % bootstrap intervals, and the memory
-that the first step with AdaScale took beside that of plain DDP.
+paired ratios of wall and of CPU time (of the GPU's, with --device cuda) with 95 % bootstrap intervals; and the
+memory that one step allocates, beside plain DDP's.
+
+Where the machine is quiet for minutes only: `--limit-s 240 --samples FILE`, several times. Each run adds its rounds to
+the file and reports on all that are in it; rounds are paired within themselves, so those of several runs can be pooled.
 """
 
 from __future__ import annotations
@@ -19,9 +22,7 @@ import argparse
 import itertools
 import json
 import os
-import random
 import socket
-import statistics
 import sys
 import tempfile
 import time
@@ -30,16 +31,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from paired_steps import BASELINE, Samples, bytes_made, reduce_at_once, report
 from stretto import AdaScale
 from stretto.adascale_options import AdaScaleSettings
+from stretto.ddp_norms import AllReduce
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-BASELINE = "ddp"
 OURS = ("stretto", "stretto k=8")
 BATCHES = 8  # made before the clock runs
-CLAIM = 1.03
 
 Batch = tuple[Tensor, Tensor]
 
@@ -94,8 +95,8 @@ class Variant:
         module = MODELS[options.model]().to(device)
         self.feed: Iterator[Any] | None = None  # of a peer that steps inside a loader of its own
         ids = [device.index] if device.type == "cuda" else None
-        self.model: nn.Module = module if name == "adaptdl" else DistributedDataParallel(module, device_ids=ids)
         inner = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9)
+        self.model: nn.Module = module if name == "adaptdl" else DistributedDataParallel(module, device_ids=ids)
         self.optimizer: Any = inner
         if name in OURS:
             settings = AdaScaleSettings(statistics_interval=8 if name != "stretto" else 1)
@@ -129,6 +130,22 @@ class Variant:
             return time.perf_counter() - wall_s, events[0].elapsed_time(events[1]) / 1e3
         return time.perf_counter() - wall_s, time.process_time() - cpu_s
 
+    def step_bytes(self, batches: list[Batch]) -> int:
+        """What a step allocates once buffers and optimizer state are there."""
+        counted_here = self.name in OURS and self.device.type == "cpu"
+        if counted_here:
+            self.bind(reduce_at_once)
+        for batch in batches[:2]:
+            self.step(batch)
+        made = bytes_made(self.device, lambda: self.step(batches[2]))
+        if counted_here:
+            self.bind(None)
+        return made
+
+    def bind(self, all_reduce: AllReduce | None) -> None:
+        self.model = DistributedDataParallel(self.model.module)
+        self.optimizer.rebind(self.model, all_reduce=all_reduce)
+
 
 def adaptdl_loop(module: nn.Module, inner: torch.optim.Optimizer, size: int) -> tuple[nn.Module, Iterator[Any]]:
     """AdaptDL's model, and the loader of its own that it has to be stepped in; the loader's data is not used."""
@@ -144,29 +161,6 @@ def adaptdl_loop(module: nn.Module, inner: torch.optim.Optimizer, size: int) -> 
             yield from loader
 
     return wrapped, steps()
-
-
-def interval(ratios: list[float], rng: random.Random) -> list[float]:
-    """95 % bootstrap interval of the median."""
-    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(1000))
-    return [round(medians[25], 4), round(medians[974], 4)]
-
-
-def report(times: dict[str, list[tuple[float, float]]], about: dict[str, Any], kinds: list[str]) -> dict[str, Any]:
-    rng = random.Random(0)
-    result = dict(about)
-    for column, kind in enumerate(kinds):
-        baseline = [pair[column] for pair in times[BASELINE]]
-        for name, pairs in times.items():
-            ratios = [pair[column] / base for pair, base in zip(pairs, baseline, strict=True)]
-            entry = result.setdefault(name, {})
-            entry[f"{kind}_ms"] = round(1e3 * statistics.median(pair[column] for pair in pairs), 2)
-            if name != BASELINE:
-                entry[f"{kind}_ratio"] = round(statistics.median(ratios), 4)
-                entry[f"{kind}_ratio_95"] = interval(ratios, rng)
-    low, high = result["ddp again"]["wall_ratio_95"]
-    result["noise_is_narrower_than_the_claim"] = high - low < CLAIM - 1
-    return result
 
 
 def join(rank: int, folder: str, options: argparse.Namespace, names: list[str]) -> torch.device:
@@ -193,30 +187,37 @@ def measure(rank: int, folder: str, options: argparse.Namespace) -> None:
     """Entry of a rank."""
     if options.peers:
         sys.path.append(options.peers)
-    names = [BASELINE, "ddp again", *OURS, *peers_in(options.peers)]
+    names = [name for name in (BASELINE, "ddp again", *OURS, *peers_in(options.peers)) if name not in options.without]
     device = join(rank, folder, options, names)
     variants = [Variant(name, options, device) for name in names]
     batches = make_batches(options.model, rank, options.batch, device)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    samples = Samples(names)
+    for variant in variants:
+        samples.step_bytes[variant.name] = variant.step_bytes(batches)
+    started_s = time.monotonic()
     for round_number in range(options.warmup + options.rounds):
+        late = torch.tensor([float(time.monotonic() - started_s > options.limit_s)], device=device)
+        dist.broadcast(late, 0)
+        if late.item():
+            break
         shift = round_number % len(variants)
         for variant in variants[shift:] + variants[:shift]:
             taken = variant.step(batches[round_number % BATCHES])
             if round_number >= options.warmup:
-                times[variant.name].append(taken)
+                samples.times[variant.name].append(taken)
     if rank == 0:
         about = {
             "model": options.model,
             "parameters": sum(p.numel() for p in variants[0].model.parameters()),
             "ranks": options.ranks,
             "batch_per_rank": options.batch,
-            "rounds": options.rounds,
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            "load": os.getloadavg(),
         }
+        if options.samples:
+            samples.pool(options.samples, about)
         kinds = ["wall", "gpu" if device.type == "cuda" else "cpu"]
-        print(json.dumps(report(times, about, kinds), indent=1), flush=True)
+        print(json.dumps(report(samples, about, kinds), indent=1), flush=True)
     dist.barrier()
     os._exit(0)  # AdaptDL's threads would stay
 
@@ -231,6 +232,9 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(MODELS), default="transformer")
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--warmup", type=int, default=5, help="rounds; over 100 to see what k=8 saves")
+    parser.add_argument("--limit-s", type=float, default=1e9, help="seconds after which no round begins")
+    parser.add_argument("--samples", help="a file of rounds to add to")
+    parser.add_argument("--without", nargs="*", default=[], help="variants to leave out, such as 'stretto k=8'")
     parser.add_argument("--batch", type=int, default=16, help="samples per rank")
     parser.add_argument("--ranks", type=int, help="default: 2, or the number of GPUs")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

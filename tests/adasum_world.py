@@ -29,8 +29,9 @@ class ThreadTransport:
     def sum_(self, numbers: Numbers) -> None:
         numbers[...] = np.sum(self._everybodys(numbers), axis=0)
 
-    def max_(self, numbers: Numbers) -> None:
+    def start_max(self, numbers: Numbers) -> Callable[[], None]:
         numbers[...] = np.max(self._everybodys(numbers), axis=0)
+        return lambda: None
 
     def scatter(self, received: Tensor, flat: Tensor, bounds: Sequence[int]) -> None:
         parts = [flat[bounds[rank] : bounds[rank + 1]] for rank in range(self.world_size)]

@@ -6,6 +6,8 @@ Each function is run by all ranks of the default group and raises where AdaScale
 from __future__ import annotations
 
 import contextlib
+import copy
+import gc
 import io
 import math
 import warnings
@@ -17,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ddp_loop import ALONE, SIZE, Loop, ddp
+from gain_oracle import GainOracle
 from rank_scenarios import batch_of
 from stretto import AdaScale
 from stretto.adascale_options import AdaScaleSettings
@@ -172,7 +175,15 @@ def a_closure() -> None:
         loop.check(gain)
 
 
+def nothing_is_compiled_yet() -> None:
+    """What was compiled for models of other variants is checked again, and ends while it is, as garbage is found."""
+    gc.collect()
+    torch.compiler.reset()
+
+
 def compiled_outside() -> None:
+    nothing_is_compiled_yet()
+
     def wrap(model: nn.Module) -> nn.Module:
         compiled: Any = torch.compile(DistributedDataParallel(model), backend="aot_eager")
         module: nn.Module = compiled
@@ -182,6 +193,8 @@ def compiled_outside() -> None:
 
 
 def compiled_inside() -> None:
+    nothing_is_compiled_yet()
+
     def wrap(model: nn.Module) -> nn.Module:
         compiled: Any = torch.compile(model, backend="aot_eager")
         return DistributedDataParallel(compiled)
@@ -206,6 +219,56 @@ def unsynchronised_micro_batches() -> None:
             loop.tau += loop.oracle.gain(3.0 * len(sums))
             loop.ada.step()
             loop.check(loop.oracle.gain(3.0 * len(sums)))
+
+
+def orthogonal_contributions_in_two_unsynchronised_micro_batches() -> None:
+    """Every sample of every rank and micro-batch has a direction of its own, so the gain is the scale."""
+    world = dist.get_world_size()
+    model = nn.Linear(2 * world, 2, bias=False)
+    wrapped = DistributedDataParallel(model)
+    ada = AdaScale(
+        torch.optim.SGD(model.parameters(), lr=LR), wrapped, base_batch_size=1, batch_size=1, accumulation_steps=2
+    )
+    for micro in range(2):
+        with wrapped.no_sync() if micro == 0 else contextlib.nullcontext():
+            backward(wrapped(torch.eye(2 * world)[dist.get_rank() + micro * world]).sum() / 2)
+    ada.step()
+    assert ada.gain == pytest.approx(2.0 * world, rel=1e-6)
+
+
+class Looked(nn.Module):
+    """Rows of a table, whose gradients are sparse, and a layer whose gradients are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(9, 3, sparse=True, dtype=torch.float64)
+        self.layer = nn.Linear(3, 2, dtype=torch.float64)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        out: Tensor = self.layer(self.table(rows))
+        return out
+
+
+def sparse_gradients() -> None:
+    """The ranks read the same row and rows of their own."""
+    model = Looked()
+    wrapped = DistributedDataParallel(model)
+    ada = AdaScale(torch.optim.SGD(model.parameters(), lr=LR), wrapped, base_batch_size=SIZE)
+    oracle, world = GainOracle(), dist.get_world_size()
+    for step in range(3):
+        batches = [torch.tensor([0, 0, 2 * rank + 1, 2 * rank + 2]) + step for rank in range(world)]
+        gradients = []
+        for rows in batches:
+            twin = copy.deepcopy(model)
+            backward(twin(rows).square().mean())
+            dense = [p.grad.to_dense() for p in twin.parameters() if p.grad is not None]
+            gradients.append(torch.cat([grad.flatten() for grad in dense]).numpy())
+        oracle.update([SIZE] * world, gradients, float(world))
+        ada.zero_grad()
+        backward(wrapped(batches[dist.get_rank()]).square().mean())
+        ada.step()
+        assert ada.gain == pytest.approx(oracle.gain(float(world)), rel=1e-9)
 
 
 def adamscale_measures_the_buckets_as_adam_scales_them() -> None:
@@ -301,6 +364,8 @@ VARIANTS: dict[str, Callable[[], None]] = {
         compiled_outside,
         compiled_inside,
         unsynchronised_micro_batches,
+        orthogonal_contributions_in_two_unsynchronised_micro_batches,
+        sparse_gradients,
         adamscale_measures_the_buckets_as_adam_scales_them,
         the_state_goes_on_at_another_world_size,
         two_ranks_then_one_then_two,

@@ -16,13 +16,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-# Failed once, inside torch.compile, in a run of all tests, and in none of 20 runs of its own: the cause is not known.
-_RARELY_FAILS = "compiled_inside"
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.soak] if name == _RARELY_FAILS else []) for name in VARIANTS]
-)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_the_gain_is_right_with(name: str, two_ranks: list[dict[str, str]]) -> None:
     errors = [results[name] for results in two_ranks]
     assert not any(errors), "\n".join(errors)

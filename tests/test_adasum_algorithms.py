@@ -310,9 +310,9 @@ def test_statistics_say_what_the_gradients_were() -> None:
 
 
 def test_the_tree_pairs_the_first_ranks_of_odd_worlds() -> None:
-    assert levels(1) == []
-    assert levels(5) == [((0, 1), (2,), (3,), (4,)), ((0, 1), (2, 3)), ((0, 1),)]
-    assert levels(8) == [((0, 1), (2, 3), (4, 5), (6, 7)), ((0, 1), (2, 3)), ((0, 1),)]
+    assert levels(1) == ()
+    assert levels(5) == (((0, 1), (2,), (3,), (4,)), ((0, 1), (2, 3)), ((0, 1),))
+    assert levels(8) == (((0, 1), (2, 3), (4, 5), (6, 7)), ((0, 1), (2, 3)), ((0, 1),))
 
 
 def test_bad_input_is_refused_in_words() -> None:

@@ -75,6 +75,8 @@ class Runner:
         self._limits = limits
         self._clocks = clocks or Clocks()
         self._jobs: dict[str, Job] = {}
+        # Those that are forgotten as soon as that is saved. Until then they are shown.
+        self._forgotten: dict[str, Job] = {}
         self._last_sequence = 0
         self._running = False
         self._started = False
@@ -174,7 +176,7 @@ class Runner:
             _log.debug("job %s: a closed stream was not noted: %s", name, rejection.message)
 
     async def settled(self, name: str) -> None:
-        """Wait until every decision on the job so far is saved. Raises Unavailable when one cannot be."""
+        """Wait until every decision on the job so far is saved and shown. Raises Unavailable when one cannot be."""
         saved = self._saves.get(name)
         if saved is not None:
             # Shielded: the save goes on when the one who waits for it is cancelled.
@@ -182,20 +184,28 @@ class Runner:
                 await asyncio.shield(saved)
             except StoreError as error:
                 raise Unavailable(str(error)) from error
+        if self.failure is not None or not self._store.leads():
+            # It may be saved. It is not shown here: an answer would tell of the job as it was before.
+            raise self._unavailable()
 
     def views(self) -> list[JobView]:
         """Every job, by name."""
         now_s = self._clocks.monotonic_s()
-        views = [self._jobs[name].view(now_s) for name in sorted(self._jobs)]
+        views = [self._view(name, now_s) for name in sorted(self._jobs.keys() | self._forgotten.keys())]
         return [view for view in views if view is not None]
 
     def view(self, name: str) -> JobView:
         """One job. Raises Rejected when there is none of this name."""
-        job = self._jobs.get(name)
-        view = job.view(self._clocks.monotonic_s()) if job else None
+        view = self._view(name, self._clocks.monotonic_s())
         if view is None:
             raise Rejected.not_found(f"there is no job {name!r}; `stretto jobs list` shows those that exist")
         return view
+
+    def _view(self, name: str, now_s: float) -> JobView | None:
+        """As far as it is saved: a name that is used again shows the job before it until then."""
+        found = (self._jobs.get(name), self._forgotten.get(name))
+        views = (job.view(now_s) for job in found if job is not None)
+        return next((view for view in views if view is not None), None)
 
     def states(self) -> list[JobState]:
         """Every job that is not finished, as decided, by name: for what is decided next, not to be shown."""
@@ -242,6 +252,7 @@ class Runner:
             job.cancel_wake_up()
             job.state = None
             del self._jobs[job.name]
+            self._forgotten[job.name] = job
         job.releases.append(release)
         if forget or record_changed or release.events or release.generations or release.points:
             release.saved = self._save(
@@ -288,6 +299,8 @@ class Runner:
             self._log_reason(job, release)
             for action in release.actions:
                 self.sessions.send(job.name, action)
+                if isinstance(action, Forget) and self._forgotten.get(job.name) is job:
+                    del self._forgotten[job.name]
 
     def _fail(self, job: Job, error: BaseException) -> None:
         self.store_errors += 1

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -15,11 +16,11 @@ from pathlib import Path
 from stretto_controller.auth.certificates import Certificates
 from stretto_controller.auth.tokens import Tokens
 from stretto_controller.reviewer import Reviewer
-from stretto_controller.runner import Runner
+from stretto_controller.runner import Runner, Unavailable
 from stretto_controller.service.server import GrpcServer, address
 from stretto_controller.settings import Settings, is_wildcard
 from stretto_controller.store.choice import open_store
-from stretto_controller.store.contents import Leader, StoreError
+from stretto_controller.store.contents import Leader, Store, StoreError
 from stretto_controller.web.app import build_app
 from stretto_controller.web.server import HttpServer
 
@@ -83,7 +84,10 @@ class Term:
             settings = self.settings = replace(
                 settings, grpc_port=await grpc_server.start(), http_port=await http_server.start()
             )
-            term = asyncio.create_task(self._take_part())
+            reviewer = Reviewer(runner, settings.service, settings.limits)
+            term = asyncio.create_task(
+                take_part(self._store, runner, reviewer, lambda: _me(self.settings), again=self._again)
+            )
             # Who leads at once, says so only then.
             await asyncio.wait([term], timeout=_ANNOUNCE_LATEST_S)
             if not self._again and not (term.done() and term.exception()):
@@ -103,35 +107,41 @@ class Term:
             return Outcome.STOPPED if runner.failure is None or settings.store == "etcd" else Outcome.FAILED
         return Outcome.AGAIN if settings.store == "etcd" else Outcome.FAILED
 
-    async def _take_part(self) -> None:
-        """Follow, then lead, until the lead is lost."""
-        store = self._store
-        while True:
-            try:
-                await store.lead(_me(self.settings))
-                break
-            except StoreError as error:
-                # At the first start a person reads it; later on nobody is there to start the controller again.
-                if not self._again:
-                    raise
-                _log.error("cannot take part: %s", error)
-                await asyncio.sleep(_REFUSED_PAUSE_S)
+
+async def take_part(store: Store, runner: Runner, reviewer: Reviewer, me: Callable[[], Leader], *, again: bool) -> None:
+    """Follow, then lead, until the lead is lost. again: this process has led, or followed, before.
+
+    Raises StoreError at the first start, when a person reads it; later on nobody is there to start it again.
+    """
+    while True:
         try:
-            self.runner.start(await store.load())
+            await store.lead(me())
+            break
         except StoreError as error:
-            if store.leads() and not self._again:
+            if not again:
                 raise
+            _log.error("cannot take part: %s", error)
             await asyncio.sleep(_REFUSED_PAUSE_S)
-            self.runner.lose(str(error))
-            return
-        if self.settings.store == "etcd":
-            _log.info("this controller leads")
-        reviews = asyncio.create_task(Reviewer(self.runner, self.settings.service, self.settings.limits).review_on())
-        try:
-            await store.lost.wait()
-        finally:
-            reviews.cancel()
-        self.runner.lose(store.lost_reason)
+    try:
+        runner.start(await store.load())
+    except StoreError as error:
+        if store.leads() and not again:
+            raise
+        await asyncio.sleep(_REFUSED_PAUSE_S)
+        runner.lose(str(error))
+        return
+    except Unavailable as error:
+        # This process was stopped for longer than its lease while it began.
+        runner.lose(str(error))
+        return
+    if store.leader.grpc_address:
+        _log.info("this controller leads")
+    reviews = asyncio.create_task(reviewer.review_on())
+    try:
+        await store.lost.wait()
+    finally:
+        reviews.cancel()
+    runner.lose(store.lost_reason)
 
 
 def _on_signals() -> asyncio.Event:

@@ -8,7 +8,7 @@ import pytest
 from core import golden
 from core.story import LIMITS, Story
 from stretto_controller.core import events as ev
-from stretto_controller.core.model import JobSpec, Mode, Version
+from stretto_controller.core.model import JobSpec, Mode, Version, WorkerReady
 from stretto_controller.core.report import Progress
 
 STORIES = golden.Stories()
@@ -68,6 +68,22 @@ def live_a_dismissed_agent_that_missed_the_word_is_told_again() -> Story:
 
 
 @STORIES.tell
+def live_who_was_sent_home_does_not_begin_the_finished_job_anew() -> Story:
+    """The word was lost; when it comes back the others have reached the target, and then the name is used again."""
+    s = _two_at_step_10()
+    s.tell(ev.DrainRequested("n1"), "drain n1, says a user")
+    s.asks("n0/0", "n1/0", step=12)
+    s.tell(ev.StreamClosed("n1", s.agents["n1"].session_id), "the stream of n1 closes before it hears of it")
+    s.tell(ev.WorkerFinished("n0/0", 2, 20, 20.0), "worker n0/0 reached the target")
+    s.succeeds("n0")
+    s.hello("n1")
+    s.hello("n2")
+    s.hello("n1")
+    s.hello("n0")
+    return s
+
+
+@STORIES.tell
 def live_a_pause_that_meets_a_failure_is_saved_first() -> Story:
     s = _two_at_step_10()
     s.asks("n0/0", step=10, failed=True)
@@ -122,6 +138,63 @@ def live_a_lone_worker_that_stays_away_is_ended() -> Story:
     s.crashes_and_recovers()
     s.hello("n0")
     s.passes(30)
+    return s
+
+
+@STORIES.tell
+def live_workers_that_hang_over_a_restart_are_ended_though_nobody_awaits_them() -> Story:
+    """They had spoken to the controller before it was started again, so they do not load (seed 102299)."""
+    s = _two_at_step_10(min_nodes=2)
+    s.hangs("n1/0")
+    s.asks("n0/0", step=10, failed=True)
+    s.hangs("n0/0")
+    s.crashes_and_recovers()
+    s.hello("n0")
+    s.hello("n1")
+    s.passes(25)
+    s.ready("n1", failed=True, exit_signal=9)
+    s.worker_comes("n1")
+    return s
+
+
+@STORIES.tell
+def live_a_process_that_never_spoke_may_load_for_long() -> Story:
+    s = _job(2, 2)
+    s.hello("n0")
+    s.ready("n0")
+    s.crashes_and_recovers()
+    s.hello("n0")
+    s.passes(60)
+    return s
+
+
+@STORIES.tell
+def live_a_repeated_question_is_a_new_one_if_its_generation_ends_with_it() -> Story:
+    """The answer to it was lost; with the repetition the other member's time is up (seed 4942)."""
+    s = _job(1, 2)
+    s.lives("n0", "n1")
+    s.passes(1.5)
+    s.vanishes("n1", "n1/0")
+    s.now_s += 30
+    s.tell(
+        ev.WorkerHello("n0/0 again", "n0", 0, -1, 0, JobSpec(), WorkerReady(1, 0, Version())),
+        "worker n0/0 comes back, and asks the same again",
+    )
+    s.passes(2)
+    return s
+
+
+@STORIES.tell
+def live_who_has_less_than_was_saved_goes_on_from_the_checkpoint() -> Story:
+    """Only n1 had done step 12; it is gone, and its checkpoint is there (seed 5394)."""
+    s = _two_at_step_10()
+    s.sigterm("n1/0")
+    s.asks("n1/0", step=12, failed=True)
+    s.passes(10.5)
+    s.saves("n1/0", 12)
+    s.vanishes("n1", "n1/0")
+    s.asks("n0/0", step=11, failed=True)
+    s.passes(3)
     return s
 
 

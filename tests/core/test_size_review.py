@@ -46,6 +46,9 @@ class Played:
         self.story: list[str] = []
         self.kinds: list[str] = []
         self.share = 2**31
+        # One worker reports the noise that it knew when there were two.
+        self.blind = False
+        self.known = self.variance
         self.gain: Callable[[int], float] = self._gain
         self._begin(nodes)
 
@@ -72,12 +75,14 @@ class Played:
         self.done += 1 / each_s
         steps, scale = int(self.done) - self.steps, float(self.nodes)
         gain = self.gain(self.nodes)
+        if not self.blind or self.nodes > 1:
+            self.known = self.variance
         self.tau += steps * gain
         self.steps += steps
         assert self.record.generation is not None
         progress = Progress(
             self.record.generation.number, self.steps, self.tau, gain, scale,
-            variance=self.variance, sqr_norm=self.sqr_norm,
+            variance=self.known, sqr_norm=self.sqr_norm,
         )  # fmt: skip
         self.live = replace(self.live, progress=progress, progress_s=self.now_s)
 
@@ -226,6 +231,20 @@ def test_one_worker_that_cannot_measure_the_noise_is_joined_by_a_second() -> Non
     assert "one worker cannot measure it" in job.story[-1]
     assert job.live.recommendation is not None
     assert "other rules never" in job.live.recommendation.reason
+
+
+def test_a_job_that_shrank_to_one_worker_sees_its_noise_rise_again() -> None:
+    job = Played(ACT, nodes=2)
+    job.variance = 0.1
+    job.run(100)
+    assert job.nodes == 1
+    job.blind = True
+    job.variance = 50.0
+    job.run(500)
+    assert job.nodes == 1, "one worker does not see it"
+    job.run(300)
+    assert job.nodes > 2, job.story
+    assert "one worker cannot measure it" in job.story[1]
 
 
 def test_what_was_measured_survives_the_controller() -> None:

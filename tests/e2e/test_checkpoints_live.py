@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +49,31 @@ def test_a_job_starts_from_its_newest_checkpoint_on_other_nodes(tmp_path: Path) 
         assert resumed == asked_for.step + 1
         assert "job" in _stretto(controller, "checkpoints", "show", str(tmp_path / "checkpoints"))
     job.check_samples()
+
+
+@pytest.mark.timeout(300)
+def test_a_live_jobs_checkpoint_goes_on_in_restart_mode(tmp_path: Path) -> None:
+    second = tmp_path / "second"
+    with (
+        ControllerProcess(tmp_path) as controller,
+        Agents(tmp_path / "agents", controller.grpc, nnodes="1:1") as agents,
+        Agents(tmp_path / "others", controller.grpc, job="second", nnodes="1:1") as others,
+        JobsClient(controller.grpc) as client,
+    ):
+        job = LiveJob(tmp_path, controller, agents, checkpoint_steps=10**6)
+        job.start("n0")
+        agents.wait_for_steps("n0", world_size=1)
+        _stretto(controller, "jobs", "checkpoint", "job")
+        job.until(lambda: client.get("job").checkpoint.step > 0, "no checkpoint was written")
+        saved = client.get("job").checkpoint
+        agents.kill_node("n0")
+        # Another job's folder, so that neither its claim nor its fences come along.
+        shutil.copytree(saved.path, second / "checkpoints" / Path(saved.path).name)
+        others.stretto_run("m0", "live.py", str(second), json.dumps({"checkpoint_steps": 10**6}), slots=2)
+        others.wait_for_steps("m0", world_size=2)
+        assert min(row.step for row in others.rows()) == saved.step + 1
+        rows = [json.loads(line) for path in second.glob("losses-*") for line in path.read_text().splitlines()]
+        assert all(row["tau"] > saved.tau for row in rows)
 
 
 @pytest.mark.timeout(300)

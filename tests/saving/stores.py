@@ -20,11 +20,11 @@ class Meddling(Store):
         super().__init__(url)
         self._file, self._effect, self._after = file, effect, after
 
-    def write(self, path: str, chunks: Iterable[Any]) -> None:
+    def write(self, path: str, chunks: Iterable[Any], *, direct: bool = False) -> None:
         hit = path.endswith(self._file)
         if hit and not self._after:
             self._effect()
-        super().write(path, chunks)
+        super().write(path, chunks, direct=direct)
         if hit and self._after:
             self._effect()
 
@@ -40,10 +40,10 @@ class Full(Store):
 
     full = True
 
-    def write(self, path: str, chunks: Iterable[Any]) -> None:
+    def write(self, path: str, chunks: Iterable[Any], *, direct: bool = False) -> None:
         if self.full and path.endswith(".safetensors"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        super().write(path, chunks)
+        super().write(path, chunks, direct=direct)
 
 
 class Held(Store):
@@ -53,8 +53,8 @@ class Held(Store):
         super().__init__(url)
         self.reached, self.go = threading.Event(), threading.Event()
 
-    def write(self, path: str, chunks: Iterable[Any]) -> None:
+    def write(self, path: str, chunks: Iterable[Any], *, direct: bool = False) -> None:
         if path.endswith(".safetensors"):
             self.reached.set()
             assert self.go.wait(60)
-        super().write(path, chunks)
+        super().write(path, chunks, direct=direct)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import resource
+import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,8 @@ from saving.training import damage, train, training_state
 from stretto.checkpoint import Checkpointer, CheckpointFailed, CheckpointSettings, Conflict, Failed, Fenced, Saved
 from stretto.random_state import RandomState
 from torch import nn
+
+_NOBODY = 65534
 
 
 def through_files(value: Any, folder: Path) -> Any:
@@ -160,6 +166,20 @@ def test_damaged_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
     assert len(info.passed_over) == 3
 
 
+def test_a_process_that_has_read_nothing_reads_older_ones_before_it_lets_any_go(tmp_path: Path) -> None:
+    first = Checkpointer(tmp_path, keep=9)
+    paths = [Path(first.save({"x": torch.full((50,), float(step))}, step=step)) for step in range(4)]
+    for path in paths[1:]:
+        damage(next(path.glob("*.safetensors")), "flip a bit")  # their sizes are right
+    second = Checkpointer(tmp_path, keep=3)
+    for step in range(4, 6):
+        newest = Path(second.save({"x": torch.full((50,), float(step))}, step=step))
+        assert paths[0].exists(), "0, 4 and 5 are the only ones that are right"
+    assert names(tmp_path)[-1] == newest.name
+    second.save({"x": torch.full((50,), 6.0)}, step=6)
+    assert [int(name.split("-")[3]) for name in names(tmp_path)] == [4, 5, 6]
+
+
 def test_going_back_to_an_older_step_keeps_what_is_saved_there(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path, keep=1)
     damage(Path(checkpointer.save({"x": 100}, step=100)) / "manifest.json", "truncate")
@@ -272,7 +292,7 @@ def test_a_file_system_that_is_really_full_is_said_to_be(tmp_path: Path) -> None
     store = Meddling(tmp_path, ".safetensors", lambda: None)
     checkpointer = with_store(store)
 
-    def redirect(path: str, chunks: Iterable[Any]) -> None:
+    def redirect(path: str, chunks: Iterable[Any], direct: bool) -> None:
         with open("/dev/full", "wb", buffering=0) as full:
             for chunk in chunks:
                 full.write(chunk)
@@ -296,11 +316,66 @@ def test_a_file_that_may_not_grow_is_said_to_be_limited(tmp_path: Path) -> None:
     assert info.path == first
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission_is_said_to_be(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(CheckpointFailed, match="no permission"):
-        Checkpointer(tmp_path / "new").save({"x": 1}, step=1)
+def _as_nobody(action: Callable[[], str]) -> str:
+    """What the action says in a process without any rights; root, who may do everything, becomes somebody else."""
+    sender: Connection
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    pid = os.fork()  # the action sees what this process has imported, in places that nobody else may read
+    if not pid:
+        try:
+            if os.geteuid() == 0:
+                os.setgroups([])
+                os.setgid(_NOBODY)
+                os.setuid(_NOBODY)
+            sender.send(action())
+        finally:
+            os._exit(0)
+    assert receiver.poll(60)
+    answer: str = receiver.recv()
+    os.waitpid(pid, 0)
+    return answer
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """One that everybody may enter and read; pytest's are their owner's."""
+    folder = Path(tempfile.mkdtemp(prefix="stretto-test-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_a_folder_without_permission_is_said_to_be(open_folder: Path) -> None:
+    first = Checkpointer(open_folder).save({"x": torch.ones(3)}, step=1)
+    for path in [open_folder, Path(first)]:
+        path.chmod(0o555)
+
+    def attempt() -> str:
+        try:
+            return Checkpointer(open_folder).save({"x": torch.zeros(3)}, step=2)
+        except CheckpointFailed as error:
+            return str(error)
+
+    said = _as_nobody(attempt)
+    assert "no checkpoint of step 2: no permission" in said
+    assert "let this user write there" in said
+    open_folder.chmod(0o755)
+    assert names(open_folder) == [Path(first).name], "nothing was overwritten"
+    assert Checkpointer(open_folder).verify(first)
+
+
+def test_files_that_may_not_be_read_are_said_to_be(open_folder: Path) -> None:
+    path = Path(Checkpointer(open_folder).save({"x": torch.ones(3)}, step=1))
+    next(path.glob("*.safetensors")).chmod(0o000)
+
+    def attempt() -> str:
+        try:
+            Checkpointer(open_folder).load_latest({"x": None})
+        except CheckpointFailed as error:
+            return str(error)
+        return "loaded"
+
+    assert "rank-00000-part-0000.safetensors cannot be read: no permission" in _as_nobody(attempt)
 
 
 def test_a_place_that_is_no_folder_is_an_error(tmp_path: Path) -> None:

@@ -140,6 +140,24 @@ def test_a_bucket_that_is_not_there_is_an_error_in_words(bucket: Bucket) -> None
         Checkpointer("s3://no-such-bucket/x").save({"x": 1}, step=1)
 
 
+def test_credentials_that_are_missing_are_said_to_be(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    Checkpointer(URL).save({"x": 1}, step=1)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(CheckpointFailed, match=r"no checkpoint of step 2: .*Unable to locate credentials"):
+        Checkpointer(URL).save({"x": 2}, step=2)
+    with pytest.raises(CheckpointFailed, match="Unable to locate credentials"):
+        Checkpointer(URL).load_latest({"x": None})
+    with pytest.raises(CheckpointFailed, match="Unable to locate credentials"):
+        Checkpointer(URL).fence(3)
+    assert len([key for key in bucket.objects() if key.endswith("manifest.json")]) == 1
+
+
 def test_exports_from_there(bucket: Bucket, tmp_path: Path) -> None:
     from safetensors.torch import load_file
     from stretto.checkpoint.export import export

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from saving.stores import Full, Held, with_store
-from stretto.checkpoint import Checkpointer, CheckpointFailed, Failed, Saved
+from stretto.checkpoint import Checkpointer, CheckpointFailed, CheckpointSettings, Failed, Saved
 from stretto.checkpoint.timetable import Interval
 from stretto.group import GroupBroken
 from stretto.saver import Saver
@@ -97,6 +97,32 @@ def test_a_generation_that_breaks_gives_its_save_up_and_the_next_begins_another(
     news.saver.close(failed=False)
     assert news.saved[0].generation == 2
     assert list(tmp_path.glob("generation-0000000001*")) == []
+
+
+def test_a_save_that_runs_when_workers_leave_is_told_of_first(tmp_path: Path) -> None:
+    store = Held(tmp_path)
+    news = News(with_store(store, settings=CheckpointSettings(leave_wait_s=60.0)))
+    news.saver.begin(OneRank(1), step=0, tau=0.0)
+    news.train(1, 7)
+    assert store.reached.wait(60)
+    threading.Timer(0.1, store.go.set).start()
+    news.saver.settle()
+    assert [each.generation for each in news.saved] == [1]
+
+
+def test_workers_that_leave_wait_for_a_save_no_longer_than_was_said(tmp_path: Path) -> None:
+    store = Held(tmp_path)
+    news = News(with_store(store, settings=CheckpointSettings(leave_wait_s=0.01)))
+    news.saver.begin(OneRank(1), step=0, tau=0.0)
+    news.train(1, 7)
+    assert store.reached.wait(60)
+    news.saver.settle()
+    news.saver.begin(OneRank(2), step=7, tau=7.0)
+    store.go.set()
+    news.saver.close(failed=False)
+    assert news.saved == [], "the controller takes nothing of an older generation"
+    state: dict[str, Any] = {"x": None}
+    assert Checkpointer(tmp_path).load_latest(state) is not None, "but it is there"
 
 
 def test_who_leaves_a_broken_generation_hears_how_it_broke(tmp_path: Path) -> None:

@@ -154,10 +154,10 @@ def test_a_rank_that_cannot_write_its_share_says_why_to_rank_0(tmp_path: Path) -
         return "saved"
 
     def _refuse(write: Any) -> Any:
-        def refusing(path: str, chunks: Any) -> None:
+        def refusing(path: str, chunks: Any, *, direct: bool = False) -> None:
             if path.endswith(".safetensors"):
                 raise PermissionError(13, "Permission denied")
-            write(path, chunks)
+            write(path, chunks, direct=direct)
 
         return refusing
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 from stretto.checkpoint.name import CheckpointName
-from stretto.checkpoint.retention import Found, superfluous
+from stretto.checkpoint.retention import Found, superfluous, to_verify
 from stretto.checkpoint.timetable import Interval, Moment, Timetable
 
 
@@ -84,24 +84,50 @@ def test_without_an_interval_nothing_is_ever_due() -> None:
 
 
 def _found(step: int, *, tau: float = 0.0, whole: bool = True, verified: bool = False) -> Found:
-    return Found(CheckpointName(1, step, step), tau, whole, verified)
+    return Found(CheckpointName(1, step, step), tau, whole or verified, verified)
 
 
 def _deleted(found: list[Found], keep: int, every: float | None = None) -> list[int]:
     return sorted(name.step for name in superfluous(found, keep=keep, keep_every_tau=every))
 
 
-def test_what_is_not_whole_is_not_counted_but_goes_when_it_is_old() -> None:
-    found = [_found(5, verified=True), _found(4, whole=False), _found(3), _found(2), _found(1, whole=False)]
-    assert _deleted(found, keep=2) == [1, 2]
+def test_what_is_not_known_to_be_right_is_not_counted_but_goes_when_it_is_old() -> None:
+    found = [_found(5, verified=True), _found(4, whole=False), _found(3), _found(2, verified=True)]
+    found += [_found(1), _found(0, whole=False)]
+    assert _deleted(found, keep=2) == [0, 1]
 
 
 def test_the_newest_verified_one_never_goes() -> None:
-    found = [_found(step) for step in (5, 4, 3)] + [_found(1, verified=True)]
-    assert _deleted(found, keep=2) == [3]
+    found = [_found(step) for step in (5, 4, 3)] + [_found(1, verified=True), _found(0)]
+    assert _deleted(found, keep=2) == [], "one more has to be verified"
+    assert _deleted(found, keep=1) == [0]
     assert _deleted([_found(step) for step in range(9)], keep=1) == [], "nothing is known to be right"
 
 
 def test_the_first_checkpoint_after_each_multiple_of_tau_stays() -> None:
     found = [_found(step, tau=4.0 * step, verified=step == 9) for step in range(10)]
     assert _deleted(found, keep=1, every=10.0) == [0, 1, 2, 4, 6, 7]
+
+
+def test_as_many_are_read_as_have_to_be_right_before_something_goes() -> None:
+    found = [_found(5, verified=True), _found(4, whole=False), _found(3), _found(2), _found(1)]
+    assert to_verify(found, keep=2) == CheckpointName(1, 3, 3)
+    assert to_verify(found, keep=1) is None
+    assert to_verify(found, keep=4) is None, "nothing can go"
+    found[2] = _found(3, verified=True)
+    assert to_verify(found, keep=2) is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_is_there_the_newest_verified_ones_stay(seed: int) -> None:
+    rng = random.Random(seed)
+    found = [
+        _found(step, tau=rng.uniform(0, 50), whole=rng.random() < 0.8, verified=rng.random() < 0.4)
+        for step in rng.sample(range(100), 12)
+    ]
+    keep, every = rng.randint(1, 4), rng.choice([None, 10.0])
+    right = sorted((each.name.step for each in found if each.verified), reverse=True)
+    left = {each.name.step for each in found} - set(_deleted(found, keep, every))
+    assert set(right[:keep]) <= left
+    if len(right) >= keep and every is None:
+        assert min(left) == right[keep - 1]

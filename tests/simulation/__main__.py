@@ -30,7 +30,7 @@ def main() -> int:
     if arguments.statistics:
         print("\n".join(told(range(first, first + arguments.statistics))))
         return 0
-    with broken(arguments.mutation):
+    with broken(MUTATIONS[arguments.mutation] if arguments.mutation else None):
         seed = arguments.seed
         if seed is None:
             seed = next((seed for seed in range(first, first + SEEDS_LIMIT) if run(seed) is not None), None)

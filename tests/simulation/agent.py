@@ -26,7 +26,7 @@ class Agent:
         world.agents_started += 1
         self.world = world
         self.node_id = node_id
-        self.key = key
+        self.key = f"{key}-is-the-key-of-this-agent"
         self.slots = slots
         self.name = f"{node_id}/agent{world.agents_started}"
         self.alive = True
@@ -107,7 +107,7 @@ class Agent:
             protocol_version=1,
             job=JOB,
             node_id=self.node_id,
-            node_key=f"{self.key}-is-the-key-of-this-agent",
+            node_key=self.key,
             slots=self.slots,
             address="10.0.0.1",
             spec=types_pb2.JobSpec(

@@ -38,11 +38,10 @@ class Mutation:
 
 
 @contextmanager
-def broken(name: str | None) -> Iterator[None]:
+def broken(mutation: Mutation | None) -> Iterator[None]:
     """The system has this fault inside the block; None: it has none of them."""
     with ExitStack() as stack:
-        if name is not None:
-            mutation = MUTATIONS[name]
+        if mutation is not None:
             target, key = mutation.target, mutation.name
             if isinstance(target, dict):
                 stack.enter_context(patch.dict(target, {key: mutation.make(target[key])}))

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from simulation.invariants import Broken
+from simulation.ledger import Broken
 from simulation.world import World
 
 

@@ -54,7 +54,7 @@ def test_invariants_hold_in_every_schedule(pytestconfig: pytest.Config) -> None:
 @pytest.mark.parametrize("name", sorted(MUTATIONS))
 def test_a_broken_system_is_found_out(name: str) -> None:
     mutation = MUTATIONS[name]
-    with broken(name):
+    with broken(mutation):
         found = any(run(seed) is not None for seed in range(mutation.seeds))
     assert found, f"{name}: {mutation.what}, and no invariant breaks in {mutation.seeds} schedules"
 

@@ -11,7 +11,8 @@ from simulation.controller import Controller
 from simulation.faults import Faults
 from simulation.groups import Formation
 from simulation.histories import fresh
-from simulation.invariants import Broken, Invariants
+from simulation.invariants import Invariants
+from simulation.ledger import Broken
 from simulation.network import Network
 from simulation.scheduler import Scheduler
 from simulation.setup import Setup

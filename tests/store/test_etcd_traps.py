@@ -14,7 +14,9 @@ from typing import Any
 import grpc
 import pytest
 from harness.etcd import EtcdCluster
-from stretto_controller.core.model import JobSpec, Record
+from harness.line import Line
+from store.terms import ME, RECORD, WAIT_S, Watched, begin, eventually
+from stretto_controller.core.model import Record
 from stretto_controller.settings import EtcdSettings
 from stretto_controller.store.contents import Leader, Save, StoreError
 from stretto_controller.store.etcd.connection import (
@@ -29,60 +31,11 @@ from stretto_controller.store.etcd.connection import (
 from stretto_controller.store.etcd.store import EtcdStore
 from stretto_proto.v1 import etcd_pb2 as etcd
 
-RECORD = Record("a", JobSpec(min_nodes=1, max_nodes=4))
-ME = Leader("127.0.0.1:29400", "http://127.0.0.1:8080")
-WAIT_S = 60.0
-
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdCluster]:
     with EtcdCluster(tmp_path_factory.mktemp("etcd")) as cluster:
         yield cluster
-
-
-@pytest.fixture
-async def terms() -> AsyncIterator[list[EtcdStore]]:
-    stores: list[EtcdStore] = []
-    yield stores
-    for store in stores:
-        await store.close()
-
-
-async def begin(settings: EtcdSettings, terms: list[EtcdStore]) -> EtcdStore:
-    """A store that leads."""
-    store = EtcdStore(settings, kept_events=10, kept_generations=10)
-    terms.append(store)
-    async with asyncio.timeout(WAIT_S):
-        await store.lead(ME)
-    await store.load()
-    return store
-
-
-async def eventually(check: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not check():
-            await asyncio.sleep(0.02)
-
-
-class Watched:
-    """What a follow of one key has yielded so far."""
-
-    def __init__(self, connection: Connection, key: str) -> None:
-        self.values: list[str | None] = []
-        self._task = asyncio.create_task(self._follow(connection, key.encode()))
-
-    async def _follow(self, connection: Connection, key: bytes) -> None:
-        async with aclosing(connection.follow(key)) as values:
-            async for value in values:
-                self.values.append(None if value is None else value.value.decode())
-
-    async def sees(self, *values: str | None) -> None:
-        await eventually(lambda: self.values[-len(values) :] == list(values))
-
-    async def end(self) -> None:
-        self._task.cancel()
-        await asyncio.wait([self._task])
-        assert self._task.cancelled(), self._task
 
 
 @pytest.fixture
@@ -187,13 +140,51 @@ async def test_a_watch_on_a_member_that_froze_moves_to_another(tmp_path: Path) -
         await connection.close()
 
 
-def _put_elsewhere(cluster: EtcdCluster, key: str, value: str) -> None:
-    """As soon as nodes 1 and 2 have a leader."""
+async def test_a_watch_on_etcd_s_leader_goes_on_when_that_is_killed(tmp_path: Path) -> None:
+    with EtcdCluster(tmp_path, 3) as cluster:
+        killed = await asyncio.to_thread(cluster.leader)
+        endpoints = ",".join(cluster.endpoint((killed + step) % 3) for step in range(3))
+        connection = Connection(cluster.settings(endpoints=endpoints, watch_quiet_s=600.0))
+        cluster.put("/w", "1")
+        watched = Watched(connection, "/w")
+        await watched.sees("1")
+        cluster.put("/w", "2")
+        await watched.sees("2")
+        cluster.kill(killed)
+        survivor = (killed + 1) % 3
+        for value in ("3", "4", "5"):
+            await asyncio.to_thread(_put_elsewhere, cluster, "/w", value, survivor)
+        await watched.sees("5")
+        assert watched.values == ["1", "2", "3", "4", "5"], "each change once, in order, through the break"
+        await watched.end()
+        await connection.close()
+
+
+async def test_a_transaction_whose_answer_never_comes_is_done_once(tmp_path: Path, terms: list[EtcdStore]) -> None:
+    """On the wire: etcd carries it out, and nothing of that comes back."""
+    with EtcdCluster(tmp_path) as cluster, Line(cluster.endpoint(0)) as line:
+        store = await begin(cluster.settings(endpoints=line.endpoint, lease_s=60), terms)
+        line.cut(answers_only=True)
+        saved = store.save(Save("a", RECORD))
+        await eventually(lambda: cluster.get("/stretto/jobs/a") is not None)
+        assert not saved.done()
+        line.heal()
+        async with asyncio.timeout(WAIT_S):
+            await saved
+            await store.save(Save("b", RECORD))
+        versions = cluster.ask("kv/range", {"key": _base64("/stretto/jobs/a")})["kvs"][0]["version"]
+        assert versions == "1"
+        await store.close()
+        terms.clear()
+
+
+def _put_elsewhere(cluster: EtcdCluster, key: str, value: str, node: int = 1) -> None:
+    """As soon as those that are left have a leader."""
     deadline_s = time.monotonic() + WAIT_S
     body = {"key": _base64(key), "value": _base64(value)}
     while True:
         try:
-            cluster.ask("kv/put", body, node=1)
+            cluster.ask("kv/put", body, node=node)
         except OSError:
             assert time.monotonic() < deadline_s
             time.sleep(0.1)
@@ -373,48 +364,6 @@ async def test_something_else_that_writes_under_the_prefix_ends_the_term(
     with pytest.raises(StoreError, match="give this cluster a prefix of its own"):
         await store.save(Save("a", RECORD))
     assert store.lost.is_set()
-
-
-async def test_a_token_that_expires_is_replaced(tmp_path: Path, terms: list[EtcdStore]) -> None:
-    with EtcdCluster(tmp_path, options=["--auth-token-ttl", "1"]) as cluster:
-        _secure(cluster)
-        (tmp_path / "password").write_text("s3cret\n")
-        settings = cluster.settings(user="root", password_file=tmp_path / "password", lease_s=60)
-        store = await begin(settings, terms)
-        for name in ("a", "b"):
-            # What expiry looks like, without waiting for it: etcd does not know the token.
-            store._connection._token = "expired.1"
-            await store.save(Save(name, RECORD))
-        watched = Watched(store._connection, "/stretto/jobs/a")
-        await eventually(lambda: bool(watched.values))
-        # etcd restarted: it has forgotten all tokens.
-        cluster.kill(0)
-        cluster.start(0)
-        async with asyncio.timeout(WAIT_S):
-            await store.save(Save("c", RECORD))
-        await watched.end()
-        await store.close()
-        terms.clear()
-
-
-async def test_a_wrong_password_is_said_clearly_and_without_the_password(tmp_path: Path) -> None:
-    with EtcdCluster(tmp_path) as cluster:
-        _secure(cluster)
-        (tmp_path / "password").write_text("not-the-password")
-        settings = cluster.settings(user="root", password_file=tmp_path / "password")
-        store = EtcdStore(settings, kept_events=1, kept_generations=1)
-        with pytest.raises(StoreError, match=r"authentication failed.*check etcd.user") as error:
-            await store.lead(ME)
-        assert "not-the-password" not in str(error.value)
-        await store.close()
-
-
-def _secure(cluster: EtcdCluster) -> None:
-    """Turn authentication on: user root, password s3cret."""
-    cluster.ask("auth/user/add", {"name": "root", "password": "s3cret"})
-    cluster.ask("auth/role/add", {"name": "root"})
-    cluster.ask("auth/user/grant", {"user": "root", "role": "root"})
-    cluster.ask("auth/enable", {})
 
 
 async def test_a_dead_endpoint_is_passed_over(shared: EtcdCluster) -> None:

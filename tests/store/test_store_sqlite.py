@@ -28,7 +28,8 @@ from stretto_controller.core.report import Checkpoint
 from stretto_controller.curve import Point
 from stretto_controller.store.codec import CodecError, decode, encode
 from stretto_controller.store.contents import GenerationSummary, Save, StoredEvent, StoreError
-from stretto_controller.store.sqlite import SCHEMA_VERSION, SqliteStore
+from stretto_controller.store.database import SCHEMA_VERSION
+from stretto_controller.store.sqlite import SqliteStore
 
 SPEC = JobSpec(min_nodes=1, max_nodes=4)
 

@@ -8,7 +8,14 @@ import typer
 
 _GROUP = "stretto.commands"
 # Which extra brings what a subcommand needs.
-_EXTRAS = {"run": "worker", "demo": "all", "controller": "controller", "token": "controller", "simulate": "simulate"}
+_EXTRAS = {
+    "run": "worker",
+    "demo": "all",
+    "controller": "controller",
+    "token": "controller",
+    "simulate": "simulate",
+    "k8s": "operator",
+}
 
 
 def build_app() -> typer.Typer:

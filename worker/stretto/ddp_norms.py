@@ -27,8 +27,9 @@ class AllReduce(Protocol):
 
 
 class RankContributions:
-    """Statistics of a DDP model: one dot product per bucket before the all-reduce, one after it.
+    """Statistics of a DDP model: one dot product per bucket before the all-reduce, one of a part of it afterwards.
 
+    Every rank holds the same mean, so each measures a part of its own, and the parts meet in the step's all-reduce.
     `all_reduce` starts every collective of its own, so that whoever owns the group can release a waiting thread;
     without it they go to torch, over the model's process group. Holds that group or `all_reduce`, but not the model:
     an old DDP wrapper is freed when its owner drops it.
@@ -51,6 +52,7 @@ class RankContributions:
         self._comm_hook = comm_hook
         # Of a hook whose result is no mean, but which knows the mean's norm.
         self._mean_sqr_norm = getattr(comm_hook[0], "mean_sqr_norm", None) if comm_hook is not None else None
+        self._rank = model.process_group.rank()
         self._hooks = LeafHooks(on_begin=self._begin_micro_batch, on_gradient=self._gradient)
         self._counting: tuple[torch.futures.Future[Any], Tensor] | None = None  # the sum of the ranks' counts
         self.discard()
@@ -128,6 +130,7 @@ class RankContributions:
         else:
             state, hook = self._comm_hook
             future = hook(state, bucket)
+        part, share = self._part_of(buffer)
         reduced = self._reduced  # a late answer to a backward that was given up must not reach the next one
         laid_out: tuple[list[Tensor], list[Tensor]] = (
             ([], []) if measure.flat else (bucket.parameters(), bucket.gradients())
@@ -137,11 +140,20 @@ class RankContributions:
             value = done.value()
             result: Tensor = value[0] if isinstance(value, list | tuple) else value
             mean = None if self._mean_sqr_norm is None else self._mean_sqr_norm(index)
-            reduced[index] = measure.of_buffer(result, *laid_out) if mean is None else mean
+            measured = result if part is None else result[part]
+            reduced[index] = measure.of_buffer(measured, *laid_out) * share if mean is None else mean
             return result
 
         chained: torch.futures.Future[Tensor] = future.then(after)
         return chained
+
+    def _part_of(self, buffer: Tensor) -> tuple[slice | None, int]:
+        """What this rank measures of a reduced bucket (None: all), and how many such parts there are."""
+        window = self._window
+        if self._comm_hook is not None or not self._measure.flat or window.accumulation_steps > 1 or buffer.is_sparse:
+            return None, 1  # not known to be the same on all ranks, or wanted as a whole, or without places
+        elements, count = buffer.numel(), window.world_size
+        return slice(elements * self._rank // count, elements * (self._rank + 1) // count), count
 
     def _start(self) -> None:
         self._local: dict[int, SqrNorm] = {}
@@ -210,7 +222,8 @@ def _on_bucket(contributions: RankContributions, bucket: GradBucket) -> torch.fu
 
 def _through_torch(group: dist.ProcessGroup) -> AllReduce:
     def all_reduce(tensor: Tensor, /, *, more: bool = False) -> torch.futures.Future[Any]:
-        future: torch.futures.Future[Any] = dist.all_reduce(tensor, group=group, async_op=True).get_future()
+        # dist.all_reduce would do the same after checks of its own, which a small model's step shows.
+        future: torch.futures.Future[Any] = group.allreduce([tensor]).get_future()
         return future
 
     return all_reduce

@@ -126,6 +126,15 @@ class Saver:
         self._ranks, self._saved_step = None, -1
         self.save(state, step=step, tau=tau)
 
+    def settle(self) -> None:
+        """Before leaving as planned: hear of what is being written while this generation still counts.
+
+        For settings.leave_wait_s of the checkpointer at most; then it goes on, and nobody hears of it.
+        """
+        if self._files is not None:
+            self._files.wait(self._files.settings.leave_wait_s, given_up=self._broken)
+            self._poll(self._files)
+
     def poll(self, step: int, tau: float) -> None:
         """Between two steps: hear how saves ended, and wait where too much work would depend on one that is running.
 

@@ -28,7 +28,7 @@ from stretto.membership import open_membership
 from stretto.position import Position
 from stretto.progress_report import StepFigures
 from stretto.rules import Rule
-from stretto.sample_log import SampleLog
+from stretto.sample_record import SampleRecord
 from stretto.sampler import ElasticSampler
 from stretto.saver import Saver
 from stretto.schedule import LrAt
@@ -98,9 +98,9 @@ class ElasticTrainer:
         self._target_tau = float(target_tau)
         self._chronicle = Chronicle(self._target_tau)
         self._position = Position(seed=self._settings.seed, base_batch_size=base_batch_size)
-        self._skipped = self._logged_step = 0
-        self._iterated = False
-        self._log: SampleLog | None = None
+        self._skipped = 0
+        self._iterated = self._save_wanted = False
+        self._record = SampleRecord(self._settings.sample_log, self._position, self._sampler)
         self._feed: Feed | None = None
         self._saver = Saver(
             checkpoint,
@@ -120,7 +120,7 @@ class ElasticTrainer:
             target_tau=self._target_tau,
         )
         self._membership = open_membership(
-            spec, self._settings, self.device, saves=checkpoint is not None, on_commit=self._log_committed
+            spec, self._settings, self.device, saves=checkpoint is not None, on_commit=self._record.committed
         )
         try:
             self.model = model.to(self.device)
@@ -170,12 +170,18 @@ class ElasticTrainer:
     def save(self) -> None:
         """Write a checkpoint of the latest step; nothing where none was asked for. On all ranks at the same step.
 
-        In in-process mode it begins at the end of the next step, when all ranks are known to have done it.
+        In in-process mode it begins at the end of the next step, when all ranks are known to have done it. So it does
+        where not all ranks call this within settings.save_meeting_s.
         """
         if isinstance(self._membership, LiveSession):
             self._membership.save_soon()
-        else:
+            return
+        assert isinstance(self._world, World), "there is one for good"
+        if self._world.meet(f"save-{self._position.step}", self._settings.save_meeting_s):
             self._save(wait=True)
+        else:
+            _log.warning("not all ranks called save() after step %d: it follows the next step", self._position.step)
+            self._save_wanted = True
 
     def __iter__(self) -> Iterator[StepReport]:
         """Train on from where the state stands; ends when the target is reached. Once per trainer.
@@ -201,12 +207,12 @@ class ElasticTrainer:
             self._saver.close(failed=failed)
             self._membership.close()
             self._close_feed()
-            self._close_log()
+            self._record.close()
 
     def _enter(self) -> None:
         """Take a place in the next generation, with the state and everything else that belongs to it."""
         self._close_feed()
-        self._close_log()
+        self._record.close()
         self._stepper: Stepper | None = None  # it holds the last generation's model
         joined = False
         while not joined:
@@ -239,7 +245,7 @@ class ElasticTrainer:
         )
         self._verify(world, state)
         self._saver.begin(world, step=step, tau=self.tau)
-        self._begin_log()
+        self._record.begin(world)
         seed, precision = self._position.seed, self._settings.mixed_precision
         self._stepper = Stepper(wrapped, self._optimizer, self._loss_fn, share, seed=seed, precision=precision)
 
@@ -269,6 +275,7 @@ class ElasticTrainer:
                     self._save(wait=world.leaving)
                 if world.leaving and self.tau < self._target_tau:
                     left = True
+                    self._saver.settle()
                     world.leave()
                     break
             else:
@@ -294,7 +301,7 @@ class ElasticTrainer:
         assert self._stepper is not None, "steps are taken in a generation"
         plan, batches = self._feed.next_step()
         self._saver.poll(self._position.step, self.tau)
-        due = self._saver.due(self._position.step + 1, self.tau)
+        due = self._save_wanted or self._saver.due(self._position.step + 1, self.tau)
         with world.guarded():
             outcome = self._stepper.take(
                 self._position.step, len(plan.indices), batches, lambda: _with_save(world.wishes(), due)
@@ -369,38 +376,11 @@ class ElasticTrainer:
 
     def _save(self, *, wait: bool) -> None:
         """Begin a checkpoint of the latest step, and perhaps wait for it. On all ranks."""
+        self._save_wanted = False
         self._combining.gather()
         save = self._saver.save if wait else self._saver.start
         save(self._combining.saved(self._state()), step=self._position.step, tau=self.tau)
         self._combining.written()
-
-    def _begin_log(self) -> None:
-        """Rank 0 keeps the record of samples, where one is asked for."""
-        path, world = self._settings.sample_log, self._world
-        if path is None or world.rank != 0:
-            return
-        position = self._position
-        self._logged_step = position.step - len(position.recent)
-        self._log = SampleLog(
-            path,
-            generation=world.number,
-            repeats_after=self._logged_step,
-            resumed_step=position.step if world.restored else None,
-        )
-        self._log_committed(position.step)
-
-    def _close_log(self) -> None:
-        if self._log is not None:
-            self._log.close()
-            self._log = None
-
-    def _log_committed(self, step: int) -> None:
-        """All steps up to this one count."""
-        if self._log is None:
-            return
-        for done in self._position.recent_between(self._logged_step, step):
-            self._log.committed(done.step, done.epoch, self._sampler.global_batch(done.epoch, done.start, done.count))
-            self._logged_step = done.step
 
     def _close_feed(self) -> None:
         if self._feed is not None:

@@ -41,6 +41,8 @@ class TrainerSettings:
     collective_timeout_s: float = 120.0
     # So many steps in a row whose gradient is not finite end the training with an error.
     max_skipped_steps: int = 100
+    # Outside in-process mode: ranks that call trainer.save() wait so long for the others to do so.
+    save_meeting_s: float = 5.0
     # Where there is no controller, a worker with SIGTERM has this long to save at a step boundary.
     sigterm_grace_s: float = 20.0
     # A file that gets every committed step's sample indices, as JSON lines (stretto.sample_log).
@@ -72,6 +74,7 @@ class TrainerSettings:
             "checkpoint_interval_tau",
             "collective_timeout_s",
             "max_skipped_steps",
+            "save_meeting_s",
             "sigterm_grace_s",
         ):
             value = getattr(self, name)

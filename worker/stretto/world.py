@@ -8,6 +8,8 @@ from __future__ import annotations
 import atexit
 import datetime
 import os
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
@@ -23,6 +25,8 @@ from stretto.process import end_quickly_after
 from stretto.progress_report import StepFigures
 from stretto.session import Session
 from stretto.unattended import Unattended
+
+_LOOK_S = 0.01  # how often one who waits for other ranks asks the store
 
 
 class World:
@@ -59,6 +63,7 @@ class World:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self._step = 0
+        self._meetings: Counter[str] = Counter()
 
     @property
     def number(self) -> int:
@@ -144,6 +149,24 @@ class World:
     def add_up(self, numbers: Sequence[int]) -> list[int]:
         """The sums over the ranks of what each gives."""
         return present_peers().add_up(numbers)
+
+    def meet(self, what: str, limit_s: float) -> bool:
+        """Whether all ranks call this, as often under this name, within the limit; the same answer on all.
+
+        It asks the store and not the group, whose other operations a rank that did not call this may have begun.
+        """
+        if self.world_size == 1:
+            return True
+        store = dist.distributed_c10d._get_default_store()  # the group's own: nothing else is known to all ranks
+        self._meetings[what] += 1
+        place, until_s = f"stretto/{what}/{self._meetings[what]}", time.monotonic() + limit_s
+        if store.add(f"{place}/ranks", 1) == self.world_size:
+            store.compare_set(place, "", "all")
+        while not store.check([place]):
+            if time.monotonic() > until_s:
+                store.compare_set(place, "", "some")
+            time.sleep(_LOOK_S)
+        return bool(store.get(place) == b"all")
 
     def commit(self) -> None:
         """Every step counts as it is done."""

@@ -8,7 +8,7 @@ from typing import Any
 from stretto_controller.core import events as ev
 from stretto_controller.core import liveness, membership, pace, workers
 from stretto_controller.core.actions import Decision, Dismiss, FenceWorker, Forget
-from stretto_controller.core.draft import Draft
+from stretto_controller.core.draft import DISMISSED_KEPT, Draft
 from stretto_controller.core.errors import Rejected
 from stretto_controller.core.goodput import review
 from stretto_controller.core.limits import Limits
@@ -80,12 +80,11 @@ def _reachable(phase: Phase) -> frozenset[Phase]:
 
 
 def _begins_again(state: JobState, event: ev.Event) -> bool:
-    """A finished name is used anew, unless it is only a node of the finished job that was away."""
+    """A finished name is used anew, unless it is only an agent of the finished job that was away."""
     if TABLE[type(event)][state.record.phase] is not Treatment.AGAIN:
         return False
     if isinstance(event, ev.NodeHello):
-        known = state.record.nodes.get(event.node_id)
-        return known is None or known.key_hash != event.key_hash
+        return event.key_hash not in membership.farewells(state.record)
     return True
 
 
@@ -107,6 +106,8 @@ def _begin(name: str, finished: JobState | None, event: ev.Event) -> JobState:
             reason="created",
             incarnation=old.incarnation + 1,
             next_generation=old.next_generation,
+            # Its agents that come back later still are no part of this one; what their workers hold least of all.
+            dismissed=dict(list(membership.farewells(old).items())[-DISMISSED_KEPT:]),
         )
     return JobState(record)
 

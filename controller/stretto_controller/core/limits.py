@@ -63,6 +63,9 @@ class Limits:
     resize_confirm_s: float = 10.0
     # ... by this share of what is compared: marginal efficiency with its floor, or costs.
     resize_margin: float = 0.15
+    # In mode act, a job of one worker, which cannot measure its gradient's noise, is tried with two after so long;
+    # shorter sees the noise rise sooner, and pays for a second worker more often.
+    remeasure_s: float = 600.0
     # What a change of size is taken to cost until one was measured: live workers, and workers that start anew.
     live_pause_s: float = 1.0
     restart_pause_s: float = 20.0

@@ -57,14 +57,16 @@ def lost_at_s(record: Record, live: Live, node: Node, limits: Limits) -> float |
 def idle_lost_at_s(record: Record, live: Live, node: Node, limits: Limits) -> float:
     """When live workers that wait for their places count as hung: silent for that long, while their agent is well.
 
-    Those that never spoke may take long to load; nobody but a person knows.
+    Those that never spoke may take long to load; nobody but a person knows. Those that spoke to the controller before
+    it was started again are silent from its start on.
     """
     waits = node.state in (NodeState.JOINING, NodeState.SPARE) and not node.ending
     agent = live.sessions.get(node.node_id)
-    own = live.workers.of(node.node_id)
-    if not record.in_process or not waits or not own or agent is None or agent.closed_s is not None:
+    if not record.in_process or not waits or agent is None or agent.closed_s is not None:
         return math.inf
-    return min(w.heard_s for w in own) + limits.hang_limit_s
+    heard_s = {w.local_rank: w.heard_s for w in live.workers.of(node.node_id)}
+    since_s = [*heard_s.values(), *(live.watched_s for rank in node.spoken if rank not in heard_s)]
+    return min(since_s, default=math.inf) + limits.hang_limit_s
 
 
 def _silent_s(record: Record, live: Live, node: Node, signs: _Signs, limits: Limits) -> float:

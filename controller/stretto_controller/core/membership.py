@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from stretto_controller.core import events as ev
@@ -16,7 +17,7 @@ from stretto_controller.core.actions import (
 )
 from stretto_controller.core.draft import Draft
 from stretto_controller.core.errors import Rejected
-from stretto_controller.core.model import Node, NodeState, Phase, Ready, Session
+from stretto_controller.core.model import Farewell, Node, NodeState, Phase, Ready, Record, Session
 
 
 def hello(draft: Draft, event: ev.NodeHello) -> None:
@@ -95,17 +96,21 @@ def end_grace_when_all_are_back(draft: Draft) -> None:
         draft.set_live(grace_until_s=None)
 
 
-def returning(draft: Draft, event: ev.NodeHello) -> bool:
-    """For a finished job: answer a node of it that was away. False if this node was not part of it."""
-    known = draft.record.nodes.get(event.node_id)
-    if known is None or known.key_hash != event.key_hash:
-        return False
+def farewells(record: Record) -> Mapping[str, Farewell]:
+    """By key: every agent of a finished job, and what it is told when it comes back."""
+    success = record.phase is Phase.SUCCEEDED
+    own = {node.key_hash: Farewell(node.node_id, success, record.reason) for node in record.nodes.values()}
+    return {**record.dismissed, **own}
+
+
+def returning(draft: Draft, event: ev.NodeHello) -> None:
+    """Answer an agent of a finished job that was away."""
     draft.put_session(event.node_id, Session(event.session_id, heard_s=draft.now_s))
-    generation = draft.record.generation
-    if known.succeeded and generation is not None:
+    known, generation = draft.record.nodes.get(event.node_id), draft.record.generation
+    if known is not None and known.key_hash == event.key_hash and known.succeeded and generation is not None:
         draft.act(FinishGeneration(event.node_id, generation.number))
-    draft.act(Dismiss(event.node_id, draft.record.phase is Phase.SUCCEEDED, draft.record.reason))
-    return True
+    farewell = farewells(draft.record)[event.key_hash]
+    draft.act(Dismiss(event.node_id, farewell.success, farewell.reason))
 
 
 def heartbeat(draft: Draft, event: ev.NodeHeartbeat) -> None:

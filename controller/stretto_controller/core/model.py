@@ -163,6 +163,9 @@ class Node:
     drain_requested: bool = False
     # In-process mode: its agent was told to end its workers, and has not said since that none runs.
     ending: bool = False
+    # In-process mode: local ranks of its present workers that have spoken. One that falls silent hangs; one that never
+    # spoke may still load. Kept over a restart, after which it would otherwise be taken for the latter.
+    spoken: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

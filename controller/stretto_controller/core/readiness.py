@@ -116,6 +116,8 @@ def cut(draft: Draft, worker: WorkerSession, reason: str) -> None:
 def forget_workers(draft: Draft, node_id: str) -> None:
     """The node's workers are gone, or about to be; what others said of them is not said of those that follow."""
     draft.set_live(workers=draft.live.workers.without(draft.live.workers.of(node_id)))
+    if draft.record.nodes[node_id].spoken:
+        draft.change(node_id, spoken=())
     partition.forget(draft, node_id)
 
 

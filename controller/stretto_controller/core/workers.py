@@ -56,6 +56,8 @@ def hello(draft: Draft, event: ev.WorkerHello) -> None:
         event.session_id, event.node_id, event.local_rank, rank, number, draft.now_s, paced_s=draft.now_s
     )
     readiness.put_worker(draft, worker)
+    if draft.record.in_process:
+        _note_speech(draft, event)
     draft.act(WelcomeWorker(event.session_id, draft.record.generation.scale if draft.record.generation else 0.0))
     membership.end_grace_when_all_are_back(draft)
     _note_number(draft, event.generation)
@@ -66,6 +68,12 @@ def hello(draft: Draft, event: ev.WorkerHello) -> None:
         readiness.change_worker(draft, event.session_id, cut_s=draft.now_s)
     elif current:
         _tell_of_the_change(draft, worker)
+
+
+def _note_speech(draft: Draft, event: ev.WorkerHello) -> None:
+    spoken = draft.record.nodes[event.node_id].spoken
+    if event.local_rank not in spoken:
+        draft.change(event.node_id, spoken=tuple(sorted((*spoken, event.local_rank))))
 
 
 def _needs_in_process(draft: Draft) -> Rejected:

@@ -133,8 +133,9 @@ class Conversation:
         finally:
             for task in tasks:
                 task.cancel()
-        for task in done:
-            task.result()
+        for task in tasks:
+            if task in done:
+                task.result()
 
     async def _read(self, requests: AsyncIterator[Any]) -> None:
         """Feed the core. What must be saved is waited for, so that a slow disk slows the peers down."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ class Exchange(Protocol):
 
     def sum_(self, numbers: npt.NDArray[np.int64]) -> None: ...
 
-    def max_(self, numbers: npt.NDArray[np.int64]) -> None: ...
+    def start_max(self, numbers: npt.NDArray[np.int64]) -> Callable[[], None]: ...
 
 
 def check_gradient(name: str, tensor: Tensor) -> None:
@@ -56,16 +56,25 @@ def digests(tensors: Sequence[Tensor], algorithm: str) -> npt.NDArray[np.int64]:
     return np.array([len(tensors), *rest], dtype=np.int64)
 
 
-def agree(exchange: Exchange, traits: npt.NDArray[np.int64], problem: str) -> None:
-    """Raise ValueError on every rank where their traits differ or one of them has a problem; one small all-reduce.
+def begin_agreement(exchange: Exchange, traits: npt.NDArray[np.int64], problem: str) -> Callable[[], None]:
+    """Start the one small all-reduce that compares the ranks' traits; call what is returned before anything else.
 
-    The reason is asked for only then, in a second one.
+    That raises ValueError on every rank where they differ or one of them has a problem. The reason is asked for only
+    then, in a second all-reduce.
     """
     own = _digest(traits.tolist())
     flags = np.array([own, -own, int(bool(problem))], dtype=np.int64)
-    exchange.max_(flags)
-    if flags[0] == -flags[1] and not flags[2]:
-        return
+    compare = exchange.start_max(flags)
+
+    def agree() -> None:
+        compare()
+        if flags[0] != -flags[1] or flags[2]:
+            _raise_difference(exchange, traits, problem)
+
+    return agree
+
+
+def _raise_difference(exchange: Exchange, traits: npt.NDArray[np.int64], problem: str) -> NoReturn:
     rows = np.zeros((exchange.world_size, len(_TRAITS) + 1), dtype=np.int64)
     rows[exchange.rank] = [*traits, int(bool(problem))]
     exchange.sum_(rows)

@@ -7,12 +7,14 @@ them is needed. Each rank sends 2N(n-1)/n elements and the Gram matrices.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from torch import Tensor
 
 from stretto.adasum.memory import Memory
 from stretto.adasum.refine import refine
-from stretto.adasum.segments import Part, Segments, shard_bounds
+from stretto.adasum.segments import Indices, Part, Segments, shard_bounds
 from stretto.adasum.statistics import Statistics
 from stretto.adasum.transport import Transport
 from stretto.adasum.tree import Floats, Leaves, rank_weights
@@ -30,10 +32,8 @@ def reduce_by_gram(
     rows, part, mine = received.view(count, stop - start), segments.part(start, stop), flat[start:stop]
     kernel = memory.kernel(count, flat.device)
     grams = _summed(kernel.dots(rows, part), part, len(segments), transport)
-    weights, marked = rank_weights(grams, leaves)
+    weights, result, marked = rank_weights(grams, leaves)
     kernel.weighted_sum(rows, part, weights[part.layers], mine)
-    with np.errstate(all="ignore"):
-        result = np.einsum("lij,li,lj->l", grams, weights, weights)
     if marked.any():
         result[marked] = refine(rows, part, np.flatnonzero(marked), leaves, transport, mine)
     transport.share(flat, bounds)
@@ -44,7 +44,7 @@ def reduce_by_gram(
 def _summed(dots: Floats, part: Part, layers: int, transport: Transport) -> Floats:
     """[layers, ranks, ranks] over all shards; only one of two symmetric values travels."""
     count = transport.world_size
-    upper = np.triu_indices(count)
+    upper = _upper(count)
     packed = np.zeros((layers, len(upper[0])))
     packed[part.layers] = dots[:, upper[0], upper[1]]
     transport.sum_(packed)
@@ -52,3 +52,10 @@ def _summed(dots: Floats, part: Part, layers: int, transport: Transport) -> Floa
     grams[:, upper[0], upper[1]] = packed
     grams[:, upper[1], upper[0]] = packed
     return grams
+
+
+@cache
+def _upper(count: int) -> tuple[Indices, Indices]:
+    """Rows and columns of a matrix's upper half."""
+    rows, columns = np.triu_indices(count)
+    return rows, columns

@@ -40,6 +40,7 @@ class CpuKernel:
     def __init__(self, rows: int) -> None:
         self._limit = max(_BLOCK_ELEMENTS // rows, 4096)
         self._wide = torch.empty(rows, self._limit, dtype=torch.float64)
+        self._products = torch.empty(rows, self._limit, dtype=torch.float64)
         self._sum = torch.empty(self._limit, dtype=torch.float64)
 
     def dots(self, rows: Rows, part: Part) -> Floats:
@@ -50,9 +51,11 @@ class CpuKernel:
             if block.last - block.first == 1:
                 found[block.first] += (wide @ wide.T).numpy()
                 continue
-            values, starts = wide.numpy(), part.bounds_in(block)[:-1]
+            values = wide.numpy()
+            products = self._products[:, : block.stop - block.start].numpy()
             for row in range(count):
-                sums = np.add.reduceat(values[row:] * values[row], starts, axis=1).T
+                np.multiply(values[row:], values[row], out=products[row:])
+                sums = np.add.reduceat(products[row:], block.starts, axis=1).T
                 found[block.first : block.last, row, row:] += sums
                 found[block.first : block.last, row + 1 :, row] += sums[:, 1:]
         return found
@@ -64,9 +67,8 @@ class CpuKernel:
             if block.last - block.first == 1:
                 torch.mv(wide.T, torch.from_numpy(weights[block.first]), out=total)
             else:
-                sizes = np.diff(part.bounds_in(block))
                 values = wide.numpy()
-                values *= np.repeat(weights[block.first : block.last], sizes, axis=0).T
+                values *= np.repeat(weights[block.first : block.last].T, block.sizes, axis=1)
                 np.add.reduce(values, axis=0, out=total.numpy())
             out[block.start : block.stop].copy_(total)
 
@@ -94,7 +96,7 @@ class TorchKernel:
             if block.last - block.first == 1:
                 found[block.first] += wide @ wide.T
                 continue
-            lengths = torch.from_numpy(np.diff(part.bounds_in(block))).to(self._device)
+            lengths = torch.from_numpy(block.sizes).to(self._device)
             for row in range(count):
                 for other in range(row, count):
                     sums = torch.segment_reduce(wide[row] * wide[other], "sum", lengths=lengths)
@@ -108,7 +110,7 @@ class TorchKernel:
         factors = torch.from_numpy(np.ascontiguousarray(weights)).to(self._device)
         for block in part.blocks(self._limit):
             wide = self._widened(rows, block)
-            lengths = torch.from_numpy(np.diff(part.bounds_in(block))).to(self._device)
+            lengths = torch.from_numpy(block.sizes).to(self._device)
             if block.last - block.first == 1:
                 wide.mul_(factors[block.first, :, None])
             else:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Literal, cast
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stretto.adasum.checks import agree, digests, problem_of
+from stretto.adasum.checks import begin_agreement, digests, problem_of
 from stretto.adasum.gram import reduce_by_gram
 from stretto.adasum.memory import Memory
 from stretto.adasum.rvh import reduce_by_halving
@@ -29,6 +30,7 @@ ALGORITHMS = ("auto", "rvh", "gram")
 _MANY_RANKS = 8
 # Lists of tensors whose layout is remembered.
 _KEPT_LAYOUTS = 16
+_TRAITS_OF = attrgetter("shape", "dtype", "device", "layout")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Reducer:
         self._can_halve = single and transport.peers
         self._memory = Memory()
         self._layouts: OrderedDict[object, _Layout] = OrderedDict()
+        # Compared before anything is hashed.
+        self._latest: tuple[object, _Layout | None] = None, None
 
     @property
     def world_size(self) -> int:
@@ -85,7 +89,7 @@ class Reducer:
         """
         chosen = algorithm or self.algorithm
         if chosen == "auto":
-            chosen = self._choose(flat, len(segments))
+            chosen = self.choice(flat, len(segments))
         if self._transport.world_size == 1:
             return self._alone(flat, segments)
         if segments.total == 0:
@@ -106,22 +110,25 @@ class Reducer:
         layout = None
         if not problem:
             layout, problem = self._layout_of(tensors, chosen)
-        if self._transport.world_size > 1:
-            traits = layout.traits if layout is not None else np.zeros(5, dtype=np.int64)
-            agree(self._transport, traits, problem)
-        if problem or layout is None:
+        traits = layout.traits if layout is not None else np.zeros(5, dtype=np.int64)
+        agree = begin_agreement(self._transport, traits, problem)
+        if layout is None:
+            agree()
             raise ValueError(problem)
-        found = []
+        found: list[Statistics] = []
         for batch in layout.batches:
             members = [tensors[index] for index in batch.indices]
-            flat = _adjacent(members, batch.segments.total)
-            if flat is not None:
-                found.append(self.reduce_flat(flat, batch.segments, chosen))
-                continue
-            flat, views = self._packed(batch, members)
-            torch._foreach_copy_(views, members)
+            flat, views = _adjacent(members, batch.segments.total), list[Tensor]()
+            if flat is None:
+                flat, views = self._packed(batch, members)
+                torch._foreach_copy_(views, members)  # while the ranks compare what they have
+            if not found:
+                agree()
             found.append(self.reduce_flat(flat, batch.segments, chosen))
-            torch._foreach_copy_(members, views)
+            if views:
+                torch._foreach_copy_(members, views)
+        if not found:
+            agree()
         return joined(found)
 
     def _packed(self, batch: _Batch, members: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -135,11 +142,8 @@ class Reducer:
 
     def _layout_of(self, tensors: Sequence[Tensor], algorithm: str) -> tuple[_Layout | None, str]:
         """Found anew where anything differs from a list that was seen before."""
-        for index, tensor in enumerate(tensors):
-            if tensor.layout is not torch.strided:
-                return None, problem_of(f"tensor {index}", tensor)
-        key = (algorithm, tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors))
-        layout = self._layouts.get(key)
+        key = (algorithm, tuple(map(_TRAITS_OF, tensors)))
+        layout = self._latest[1] if key == self._latest[0] else self._layouts.get(key)
         if layout is None:
             for index, tensor in enumerate(tensors):
                 problem = problem_of(f"tensor {index}", tensor)
@@ -156,9 +160,10 @@ class Reducer:
             self._layouts[key] = layout
             if len(self._layouts) > _KEPT_LAYOUTS:
                 self._layouts.popitem(last=False)
+        self._latest = key, layout
         return layout, ""
 
-    def _choose(self, flat: Tensor, layers: int) -> Algorithm:
+    def choice(self, flat: Tensor, layers: int) -> Algorithm:
         """The rule of "auto"; docs/adasum.md has the measurements."""
         count = self._transport.world_size
         # Half precision would be rounded once per level, and float64 above 1e154 needs what "gram" does about it.
@@ -202,7 +207,8 @@ class Alone:
 
     def sum_(self, numbers: Numbers) -> None: ...
 
-    def max_(self, numbers: Numbers) -> None: ...
+    def start_max(self, numbers: Numbers) -> Callable[[], None]:
+        return lambda: None
 
     def scatter(self, received: Tensor, flat: Tensor, bounds: Sequence[int]) -> None:
         received.copy_(flat)

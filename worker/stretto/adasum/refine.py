@@ -74,7 +74,7 @@ def _place(part: Part, index: int | None) -> slice:
 def _powers(wide: list[Floats], transport: Transport) -> Indices:
     """Per layer the power of two above its largest magnitude on any rank; 0 where that is no finite number."""
     largest = np.array([np.abs(each).max(initial=0.0) for each in wide])
-    transport.max_(largest)
+    transport.start_max(largest)()
     _, powers = np.frexp(largest)
     return np.where(np.isfinite(largest), powers, 0).astype(np.int64)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +13,17 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Block:
-    """Elements `start` to `stop` of a part; they belong to its layers `first` to `last` (exclusive)."""
+    """Elements `start` to `stop` of a part; they belong to its layers `first` to `last` (exclusive).
+
+    `starts`: where in the block each of these layers begins. `sizes`: its elements in the block.
+    """
 
     start: int
     stop: int
     first: int
     last: int
+    starts: Indices
+    sizes: Indices
 
 
 @dataclass(frozen=True)
@@ -30,32 +35,39 @@ class Part:
 
     layers: Indices
     bounds: Indices
+    # By limit; every step asks for the same.
+    _blocks: dict[int, list[Block]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def size(self) -> int:
         return int(self.bounds[-1])
 
-    def bounds_in(self, block: Block) -> Indices:
-        """Where the block's layers begin in it, and its end."""
-        return np.clip(self.bounds[block.first : block.last + 1] - block.start, 0, block.stop - block.start)
-
     def blocks(self, limit: int) -> list[Block]:
         """Cover the part by blocks of at most `limit` elements: pieces of one layer, or of several short ones."""
+        if limit not in self._blocks:
+            self._blocks[limit] = self._divided(limit)
+        return self._blocks[limit]
+
+    def _divided(self, limit: int) -> list[Block]:
         found = []
         position, layer, size = 0, 0, self.size
         while position < size:
             end = int(self.bounds[layer + 1])
             if end - position >= limit // 2:
                 stop = min(end, position + limit)
-                found.append(Block(position, stop, layer, layer + 1))
+                found.append(self._block(position, stop, layer, layer + 1))
                 layer += stop == end
             else:
                 last = int(np.searchsorted(self.bounds, position + limit, side="right")) - 1
                 stop = int(self.bounds[last])
-                found.append(Block(position, stop, layer, last))
+                found.append(self._block(position, stop, layer, last))
                 layer = last
             position = stop
         return found
+
+    def _block(self, start: int, stop: int, first: int, last: int) -> Block:
+        bounds = np.clip(self.bounds[first : last + 1] - start, 0, stop - start)
+        return Block(start, stop, first, last, bounds[:-1], np.diff(bounds))
 
 
 class Segments:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -25,8 +25,8 @@ class Transport(Protocol):
     def sum_(self, numbers: Numbers) -> None:
         """Add up over the ranks, in place; every rank gets the same bits."""
 
-    def max_(self, numbers: Numbers) -> None:
-        """The largest over the ranks, in place."""
+    def start_max(self, numbers: Numbers) -> Callable[[], None]:
+        """Begin to find the largest over the ranks; in place, once what is returned was called."""
 
     def scatter(self, received: Tensor, flat: Tensor, bounds: Sequence[int]) -> None:
         """Send range i of `flat` to rank i; the ranks' parts of this rank's range come to `received`, by rank."""
@@ -41,7 +41,10 @@ class PeerTransport(Transport, Protocol):
 
 
 class TorchTransport:
-    """Over a process group of torch.distributed, gloo or NCCL."""
+    """Over a process group of torch.distributed, gloo or NCCL.
+
+    Collectives are the group's own methods: torch.distributed's functions add checks that small vectors wait for.
+    """
 
     peers = True
 
@@ -53,21 +56,18 @@ class TorchTransport:
         self._device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
 
     def sum_(self, numbers: Numbers) -> None:
-        self._reduce(numbers, dist.ReduceOp.SUM)
+        self._start(numbers, dist.ReduceOp.SUM)()
 
-    def max_(self, numbers: Numbers) -> None:
-        self._reduce(numbers, dist.ReduceOp.MAX)
+    def start_max(self, numbers: Numbers) -> Callable[[], None]:
+        return self._start(numbers, dist.ReduceOp.MAX)
 
     def scatter(self, received: Tensor, flat: Tensor, bounds: Sequence[int]) -> None:
         theirs, ours = split_sizes(bounds, self.rank, flat.element_size())
-        dist.all_to_all_single(as_bytes(received), as_bytes(flat), theirs, ours, group=self._group)
+        self._group.alltoall_base(as_bytes(received), as_bytes(flat), theirs, ours).wait()
 
     def share(self, flat: Tensor, bounds: Sequence[int]) -> None:
         # As broadcasts: all_gather of torch 2.13's gloo takes 4 times as long.
-        works = [
-            dist.broadcast(as_bytes(flat[start:stop]), group_src=rank, group=self._group, async_op=True)
-            for rank, start, stop in ranges(bounds)
-        ]
+        works = [self._group.broadcast(as_bytes(flat[start:stop]), rank) for rank, start, stop in ranges(bounds)]
         for work in works:
             work.wait()
 
@@ -86,12 +86,17 @@ class TorchTransport:
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
 
-    def _reduce(self, numbers: Numbers, operation: dist.ReduceOp.RedOpType) -> None:
+    def _start(self, numbers: Numbers, operation: dist.ReduceOp.RedOpType) -> Callable[[], None]:
         tensor = torch.from_numpy(numbers)
         reduced = tensor.to(self._device)
-        dist.all_reduce(reduced, operation, group=self._group)
-        if reduced is not tensor:
-            tensor.copy_(reduced)
+        work = self._group.allreduce(reduced, operation)
+
+        def finish() -> None:
+            work.wait()
+            if reduced is not tensor:
+                tensor.copy_(reduced)
+
+        return finish
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +29,8 @@ def single_ranks(world_size: int) -> Leaves:
     return tuple((rank,) for rank in range(world_size))
 
 
-def levels(leaves: int) -> list[Level]:
+@cache
+def levels(leaves: int) -> tuple[Level, ...]:
     """From the leaves to the root. Powers of two: a balanced tree of neighbours, which is Horovod's order.
 
     Any other number is brought to the power of two below it by pairing as many of the first ones as are too many.
@@ -42,7 +44,7 @@ def levels(leaves: int) -> list[Level]:
     while slots > 1:
         slots //= 2
         found.append(tuple((2 * index, 2 * index + 1) for index in range(slots)))
-    return found
+    return tuple(found)
 
 
 def coefficients(
@@ -82,8 +84,8 @@ def merged_counts(counts: Floats, level: Level) -> Floats:
     return np.array([sum(counts[index] for index in members) for members in level])
 
 
-def rank_weights(grams: Floats, leaves: Leaves) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """[layers, ranks]: the factor of each rank's gradient in the result; and which layers have to be done again.
+def rank_weights(grams: Floats, leaves: Leaves) -> tuple[Floats, Floats, npt.NDArray[np.bool_]]:
+    """[layers, ranks]: the factor of each rank's gradient in the result; its squared norm; what has to be done again.
 
     `grams` [layers, ranks, ranks]: the dot products of the ranks' gradients. The tree is run on vectors of factors,
     whose norms and dot products follow from the Gram matrix: exact to about 1e-15 of the parts. Where parts cancelled
@@ -106,7 +108,7 @@ def rank_weights(grams: Floats, leaves: Leaves) -> tuple[Floats, npt.NDArray[np.
                 short = np.diagonal(inner, axis1=1, axis2=2) < _CANCELLED * longest
                 marked = marked | (short & (longest > SMALLEST_SQR_NORM)).any(axis=1)
     weights: Floats = parts[:, 0, :]
-    return weights, np.asarray(marked)
+    return weights, inner[:, 0, 0], np.asarray(marked)
 
 
 def _step_weights(inner: Floats, level: Level, counts: Floats) -> Floats:

@@ -15,6 +15,7 @@ from stretto.checkpoint.errors import Abandoned, reason_of
 from stretto.checkpoint.index import failure_name
 from stretto.checkpoint.manifest import Manifest
 from stretto.checkpoint.name import CheckpointName
+from stretto.checkpoint.pace import Pace
 from stretto.checkpoint.store import Store
 
 _log = logging.getLogger(__name__)
@@ -54,15 +55,12 @@ class BackgroundSave:
         name: CheckpointName,
         rank: int,
         *,
-        write: Callable[[Callable[[], bool]], None],
-        commit: Callable[[Callable[[], bool]], Manifest | None],
+        write: Callable[[], None],
+        commit: Callable[[], Manifest | None],
         tau: float,
-        urgent: bool,
+        pace: Pace,
     ) -> None:
-        """write(cancelled), commit(cancelled): the rank's share, then the whole. committer: on rank 0.
-
-        urgent: training waits for it; otherwise it goes first where both want a core.
-        """
+        """write(), commit(): the rank's share, then the whole, at this pace. committer: on rank 0."""
         self.name = name
         self.outcome: Saved | Failed | None = None
         # Of a generation that is over: nobody wants to hear of its end.
@@ -73,9 +71,8 @@ class BackgroundSave:
         self._write = write
         self._commit = commit
         self._tau = tau
-        self._urgent = urgent
+        self._pace = pace
         self._started_s = time.monotonic()
-        self._cancelled = threading.Event()
         self._thread = threading.Thread(target=self._run, name="stretto-save", daemon=True)
         self._thread.start()
 
@@ -84,22 +81,22 @@ class BackgroundSave:
         return self._thread.is_alive()
 
     def wait(self, limit_s: float | None = None) -> bool:
-        """Whether it has ended within the limit."""
+        """Whether it has ended within the limit; it hurries from here on."""
+        self._pace.hurry()
         self._thread.join(limit_s)
         return not self.running
 
     def abandon(self) -> None:
         """Write nothing more, commit nothing; returns at once."""
-        self._cancelled.set()
+        self._pace.cancel()
 
     def _run(self) -> None:
-        cancelled = self._cancelled.is_set
-        if not self._urgent:
+        if self._pace.leisurely:  # where both want a core, training goes first
             with contextlib.suppress(OSError):  # threads that it starts inherit this
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         try:
-            self._write(cancelled)
-            manifest = self._commit(cancelled)
+            self._write()
+            manifest = self._commit()
         except Abandoned:
             self._undo()
             _log.info("the save of step %d was abandoned", self.name.step)
@@ -107,7 +104,7 @@ class BackgroundSave:
         except Exception as error:  # noqa: BLE001  (handed to the training thread)
             self._undo()
             reason = reason_of(error, self._store.url) if isinstance(error, OSError) else str(error)
-            if self._rank and not cancelled():
+            if self._rank and not self._pace.cancelled:
                 with contextlib.suppress(Exception):  # rank 0 notices it by its limit, too
                     self._store.write(f"{self.name}/{failure_name(self._rank)}", [reason.encode()])
             self.outcome = Failed(self.name.step, self.name.generation, reason, error)

@@ -17,7 +17,7 @@ from stretto.checkpoint.store import Store
 
 _log = logging.getLogger(__name__)
 
-BLOCK_BYTES = 1 << 20  # read, and checksummed while a cache still has it
+BLOCK_BYTES = 2 << 20  # read, and checksummed while a cache still has it
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from stretto.checkpoint.index import Index
 from stretto.checkpoint.loading import Contents, distribute
 from stretto.checkpoint.manifest import Manifest
 from stretto.checkpoint.name import SAVE_LIMIT, CheckpointName, check_position
+from stretto.checkpoint.pace import Pace
 from stretto.checkpoint.peers import Peers, present_peers
 from stretto.checkpoint.settings import CheckpointSettings
 from stretto.checkpoint.shard_writer import ShardWriter
@@ -73,15 +74,15 @@ class Checkpointer:
         peers: Peers | None = None,
         settings: CheckpointSettings | None = None,
     ) -> None:
-        self._settings = settings or CheckpointSettings()
-        self._settings.validate()
+        self.settings = settings or CheckpointSettings()
+        self.settings.validate()
         rules = Rules(keep, keep_every_tau, job)
         rules.validate()
         self._store = Store(url)
         self._peers = peers
-        self._catalogue = Catalogue(self._store, threads=self._settings.read_threads)
-        self._committer = Committer(self._store, rules, shares_limit_s=self._settings.shares_limit_s)
-        self._staging = Staging(self._settings.copy_threads)
+        self._catalogue = Catalogue(self._store, threads=self.settings.read_threads)
+        self._committer = Committer(self._store, rules, shares_limit_s=self.settings.shares_limit_s)
+        self._staging = Staging(self.settings.copy_threads)
         self._running: BackgroundSave | None = None
         self._failures = 0
 
@@ -144,18 +145,19 @@ class Checkpointer:
         if others_busy:
             return False
         name = CheckpointName(generation, step, save)
-        staged, writer_of = self._stage(Snapshot(state, peers.rank), name, peers, urgent=urgent)
+        pace = Pace(None if urgent else self.settings.write_share)
+        writer, staged = self._stage(Snapshot(state, peers.rank), name, peers, pace)
         first = peers.rank == 0
 
-        def write(cancelled: Callable[[], bool]) -> None:
+        def write() -> None:
             if first:
                 self._committer.begin(name, fences=fences)
-            _write(writer_of(cancelled), staged)
+            _write(writer, staged)
 
-        def commit(cancelled: Callable[[], bool]) -> Manifest | None:
+        def commit() -> Manifest | None:
             if not first:
                 return None
-            return self._committer.commit(name, tau=tau, world_size=peers.world_size, cancelled=cancelled)
+            return self._committer.commit(name, tau=tau, world_size=peers.world_size, cancelled=lambda: pace.cancelled)
 
         self._running = BackgroundSave(
             self._store,
@@ -165,7 +167,7 @@ class Checkpointer:
             write=write,
             commit=commit,
             tau=tau,
-            urgent=urgent,
+            pace=pace,
         )
         return True
 
@@ -188,7 +190,7 @@ class Checkpointer:
                 raise outcome.error
             self._failures += 1
             _log.warning("no checkpoint of step %d: %s", outcome.step, outcome.reason)
-            if self._failures > self._settings.failures_allowed:
+            if self._failures > self.settings.failures_allowed:
                 raise CheckpointFailed(
                     f"{self._failures} saves in a row have failed; the latest, of step {outcome.step}: {outcome.reason}"
                 ) from outcome.error
@@ -243,13 +245,16 @@ class Checkpointer:
             try:
                 contents = Contents(self._store, name)
                 contents.check_against(state)
-                values = contents.read(state, peers.rank, peers.world_size, threads=self._settings.read_threads)
+                values = contents.read(state, peers.rank, peers.world_size, threads=self.settings.read_threads)
             except Damaged as damage:
                 trouble = str(damage)
+            except OSError as error:
+                trouble = reason_of(error, self.url)
             if peers.add_up([int(bool(trouble))])[0]:
                 reason = trouble or "another rank found it damaged"
                 passed_over.append(PassedOver(self._store.at(str(name)), reason))
                 committed = committed or self._catalogue.committed(name)
+                self._committer.note_damaged(name)
                 _log.warning("checkpoint %s passed over: %s", name, reason)
                 continue
             assert contents is not None, "it was read"
@@ -280,37 +285,37 @@ class Checkpointer:
     def _candidates(self, peers: Peers) -> Iterator[CheckpointName]:
         """Rank 0's checkpoints, newest first, on every rank."""
         names: list[CheckpointName] = []
+        trouble = ""
         if peers.rank == 0:
-            self._committer.look_around()
-            names = self._catalogue.newest_first()
+            try:
+                self._committer.look_around()
+                names = self._catalogue.newest_first()
+            except OSError as error:
+                trouble = reason_of(error, self.url)
         while True:
             mine = [1, names[0].generation, names[0].step, names[0].save] if names else [0, 0, 0, 0]
-            another, generation, step, save = peers.add_up(mine)
+            another, generation, step, save, failed = peers.add_up([*mine, int(bool(trouble))])
+            if failed:
+                raise CheckpointFailed(trouble or f"rank 0 cannot list what is at {self.url}")
             if not another:
                 return
             yield CheckpointName(generation, step, save)
             names = names[1:]
 
-    def _stage(
-        self, snapshot: Snapshot, name: CheckpointName, peers: Peers, *, urgent: bool
-    ) -> tuple[Staged, Callable[[Callable[[], bool]], ShardWriter]]:
-        """This rank's share, copied, and what makes a writer for it."""
-        settings = self._settings
-        rank = peers.rank
-
-        def writer_of(cancelled: Callable[[], bool]) -> ShardWriter:
-            return ShardWriter(
-                self._store,
-                str(name),
-                rank,
-                part_bytes=settings.part_bytes,
-                threads=settings.urgent_threads if urgent else settings.write_threads,
-                cancelled=cancelled,
-            )
-
+    def _stage(self, snapshot: Snapshot, name: CheckpointName, peers: Peers, pace: Pace) -> tuple[ShardWriter, Staged]:
+        """This rank's share, copied, and what writes it."""
+        settings, rank = self.settings, peers.rank
+        writer = ShardWriter(
+            self._store,
+            str(name),
+            rank,
+            part_bytes=settings.part_bytes,
+            threads=settings.write_threads if pace.leisurely else settings.urgent_threads,
+            pace=pace,
+        )
         planner = SharePlanner(rank, peers.world_size, owners=snapshot.owners, item_bytes=settings.part_bytes)
         planner.set_up_planner(snapshot.tensors)
-        plan = writer_of(lambda: False).prepare_local_plan(planner.create_local_plan())
+        plan = writer.prepare_local_plan(planner.create_local_plan())
         index = Index(
             rank=rank,
             save=name.save,
@@ -320,7 +325,7 @@ class Checkpointer:
             tree=snapshot.tree if rank == 0 else None,
             own=snapshot.own,
         )
-        return self._staging.copy(plan, planner, index), writer_of
+        return writer, self._staging.copy(plan, planner, index)
 
     def _ended(self) -> Saved | Failed | None:
         if self._running is None or self._running.running:

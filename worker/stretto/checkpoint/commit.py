@@ -13,7 +13,7 @@ from stretto.checkpoint.errors import Abandoned, CheckpointFailed, Conflict, Dam
 from stretto.checkpoint.index import Index, check_coverage, failure_name, index_name, ranks_among
 from stretto.checkpoint.manifest import MANIFEST, FileEntry, Manifest
 from stretto.checkpoint.name import CheckpointName, check_position, fence_generation, fence_name
-from stretto.checkpoint.retention import Found, superfluous
+from stretto.checkpoint.retention import Found, superfluous, to_verify
 from stretto.checkpoint.store import Store
 
 _log = logging.getLogger(__name__)
@@ -73,6 +73,10 @@ class Committer:
     def note_verified(self, name: CheckpointName, tau: float) -> None:
         """Every byte of it was seen to be right."""
         self._found[name] = Found(name, tau, whole=True, verified=True)
+
+    def note_damaged(self, name: CheckpointName) -> None:
+        """Something is wrong with it."""
+        self._found[name] = Found(name, 0.0, whole=False, verified=False)
 
     def raise_fence(self, generation: int) -> None:
         """Refuse commits of older generations from now on. Raises Fenced where a newer one has begun."""
@@ -186,12 +190,11 @@ class Committer:
     def _tidy_up(self, saved: CheckpointName) -> None:
         """Delete what is superfluous; what cannot be deleted is no reason to fail."""
         try:
-            found = [
-                each
-                for name in self._catalogue.newest_first()
-                if name not in self._leftovers and (each := self._look_at(name)) is not None
-            ]
-            rules = self._rules
+            rules, found = self._rules, self._look_at_all()
+            if (name := to_verify(found, keep=rules.keep)) is not None:  # one per save: reading takes its time
+                whole = bool(self._catalogue.verify(name))
+                self._found[name] = Found(name, self._found[name].tau, whole=whole, verified=whole)
+                found = self._look_at_all()
             doomed = superfluous(found, keep=rules.keep, keep_every_tau=rules.keep_every_tau)
             doomed += [name for name in self._catalogue.newest_first() if self._is_leftover(name, saved)]
             for name in doomed:
@@ -200,6 +203,10 @@ class Committer:
                 self._leftovers.discard(name)
         except OSError as error:
             _log.warning("old checkpoints in %s could not be deleted: %s", self._store.url, error)
+
+    def _look_at_all(self) -> list[Found]:
+        names = (name for name in self._catalogue.newest_first() if name not in self._leftovers)
+        return [each for name in names if (each := self._look_at(name)) is not None]
 
     def _look_at(self, name: CheckpointName) -> Found | None:
         if name not in self._found:

@@ -12,12 +12,13 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from stretto.checkpoint.index import DTYPES, Chunk, part_name
 
-_ALIGNED = 64  # where a file's tensors begin in the staging buffer
+_FILE_ALIGNED = 4096  # where a file begins in the staging buffer, so that it can be written from there past any cache
+_DATA_ALIGNED = 64  # where its tensors begin in it
 
 
 @dataclass(frozen=True)
 class Part:
-    """One file: its header, then the items' bytes without gaps. begin: of its data in the rank's staging buffer."""
+    """One file: its header, then the items' bytes without gaps. begin: of all that in the rank's staging buffer."""
 
     file: str
     header: bytes
@@ -28,8 +29,8 @@ class Part:
 
     @property
     def end(self) -> int:
-        """Where the next file's data may begin in the staging buffer."""
-        return -(-(self.begin + self.data_bytes) // _ALIGNED) * _ALIGNED
+        """Where the file ends in the staging buffer."""
+        return self.begin + len(self.header) + self.data_bytes
 
     def chunks(self) -> Iterator[Chunk]:
         """Where each item lies in the file."""
@@ -82,7 +83,7 @@ def _part(items: Sequence[WriteItem], rank: int, before: Sequence[Part]) -> Part
             "data_offsets": [starts[-1], end],
         }
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    begin = before[-1].end if before else 0
+    text += b" " * (-(8 + len(text)) % _DATA_ALIGNED)
+    begin = -(-before[-1].end // _FILE_ALIGNED) * _FILE_ALIGNED if before else 0
     file = part_name(rank, len(before))
     return Part(file, len(text).to_bytes(8, "little") + text, ordered, tuple(starts), end, begin)

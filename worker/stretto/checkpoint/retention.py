@@ -20,22 +20,25 @@ class Found:
 
 
 def superfluous(found: Sequence[Found], *, keep: int, keep_every_tau: float | None) -> list[CheckpointName]:
-    """Those that go: beyond the `keep` newest whole ones, and not the first at a multiple of `keep_every_tau`.
+    """Those that go: older than the `keep` newest verified ones, and not the first at a multiple of `keep_every_tau`.
 
-    The newest verified one never goes, and what is damaged goes only when it is older than those that are kept. Where
-    nothing is verified, nothing goes.
+    What is not known to be right counts for nothing: until enough is, nothing goes, and the newest verified one never.
     """
-    newest_first = sorted(found, key=lambda each: each.name, reverse=True)
-    safe = next((each.name for each in newest_first if each.verified), None)
-    if safe is None:
-        return []
     milestones = _milestones(found, keep_every_tau) if keep_every_tau else set()
-    doomed, whole = [], 0
-    for each in newest_first:
-        if whole >= keep and each.name != safe and each.name not in milestones:
+    doomed, verified = [], 0
+    for each in sorted(found, key=lambda each: each.name, reverse=True):
+        if verified >= keep and each.name not in milestones:
             doomed.append(each.name)
-        whole += each.whole
+        verified += each.verified
     return doomed
+
+
+def to_verify(found: Sequence[Found], *, keep: int) -> CheckpointName | None:
+    """The one whose bytes are to be read before anything can go; None where nothing has to, or enough is verified."""
+    whole = sorted((each for each in found if each.whole), key=lambda each: each.name, reverse=True)
+    if len(whole) <= keep or sum(each.verified for each in whole) >= keep:
+        return None
+    return next(each.name for each in whole if not each.verified)
 
 
 def _milestones(found: Sequence[Found], every: float) -> set[CheckpointName]:

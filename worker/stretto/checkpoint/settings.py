@@ -13,11 +13,15 @@ class CheckpointSettings:
     copy_threads: int = 2
     # In the background, beside training. More are faster, and take more of its cores.
     write_threads: int = 1
+    # Of one core's time, that each of these takes until somebody waits for the save.
+    write_share: float = 0.3
     # ... and while training waits.
     urgent_threads: int = 2
     read_threads: int = 2
     # A rank whose share is not there by then has failed the save.
     shares_limit_s: float = 120.0
+    # Workers that leave as planned wait so long for a save that is running, to tell of it.
+    leave_wait_s: float = 5.0
     # So many saves in a row may fail with a warning; the next failure ends the training.
     failures_allowed: int = 3
 
@@ -28,3 +32,5 @@ class CheckpointSettings:
             value = getattr(self, name)
             if value < 0 if least == 0 else value <= 0:
                 raise ValueError(f"{name} is {value}; it must be {'at least' if least == 0 else 'above'} 0")
+        if self.write_share > 1:
+            raise ValueError(f"write_share is {self.write_share}; it must be at most 1, which is one core's time")

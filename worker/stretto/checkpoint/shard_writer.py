@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 from xxhash import xxh3_64
 
-from stretto.checkpoint.errors import Abandoned
 from stretto.checkpoint.index import Index, index_name
 from stretto.checkpoint.manifest import FileEntry
+from stretto.checkpoint.pace import Pace
 from stretto.checkpoint.parts import Part, lay_out, size_of
+from stretto.checkpoint.staging import Staged
 from stretto.checkpoint.store import Store
 
-_BLOCK_BYTES = 4 << 20  # written at once: nobody can be given up in the middle of one
+# Written at once, without the interpreter: small blocks would have this thread and training hand it to and fro. A save
+# cannot be given up in the middle of one.
+_BLOCK_BYTES = 16 << 20
 
 
 class ShardWriter(StorageWriter):
     """Writes what the plan says into one folder of a store; `finish` writes this rank's index, after its data.
 
-    `cancelled()`: asked between blocks; Abandoned is raised where it says so. Nothing is gathered from other ranks:
+    `pace`: kept between blocks; Abandoned is raised where the save is given up. Nothing is gathered from other ranks:
     whoever commits reads their indices from the store.
     """
 
@@ -37,15 +39,15 @@ class ShardWriter(StorageWriter):
         rank: int,
         *,
         part_bytes: int,
-        threads: int = 1,
-        cancelled: Callable[[], bool] = lambda: False,
+        threads: int,
+        pace: Pace,
     ) -> None:
         self._store = store
         self._folder = folder
         self._rank = rank
         self._part_bytes = part_bytes
         self._threads = threads
-        self._cancelled = cancelled
+        self._pace = pace
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Write into another folder from here on."""
@@ -64,10 +66,11 @@ class ShardWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write all files and wait until the disk has them. Each result's storage_data is (part, FileEntry)."""
-        parts: Sequence[Part] = plan.storage_data
+        assert isinstance(planner, Staged), "files are written as they lie in the staging buffer"
+        staged, parts = planner, list[Part](plan.storage_data)
         self._store.make(self._folder)
         with ThreadPoolExecutor(self._threads, "stretto-write") as pool:
-            entries = list(pool.map(lambda part: self._write(part, planner), parts))
+            entries = list(pool.map(lambda part: self._write(part, staged), parts))
         results = [
             WriteResult(item.index, size_of(item), (part, entry))
             for part, entry in zip(parts, entries, strict=True)
@@ -99,26 +102,15 @@ class ShardWriter(StorageWriter):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return "/" not in os.fspath(checkpoint_id)
 
-    def _write(self, part: Part, planner: SavePlanner) -> FileEntry:
-        digest, size_bytes = xxh3_64(), 0
+    def _write(self, part: Part, staged: Staged) -> FileEntry:
+        digest, file = xxh3_64(), staged.file(part)
 
         def blocks() -> Iterator[memoryview]:
-            nonlocal size_bytes
-            for piece in (memoryview(part.header), *_pieces(part, planner)):
-                for start in range(0, len(piece), _BLOCK_BYTES):
-                    if self._cancelled():
-                        raise Abandoned
-                    block = piece[start : start + _BLOCK_BYTES]
+            for start in range(0, len(file), _BLOCK_BYTES):
+                with self._pace.kept():
+                    block = file[start : start + _BLOCK_BYTES]
                     digest.update(block)
-                    size_bytes += len(block)
                     yield block
 
-        self._store.write(f"{self._folder}/{part.file}", blocks())
-        return FileEntry(size_bytes, digest.hexdigest())
-
-
-def _pieces(part: Part, planner: SavePlanner) -> Iterator[memoryview]:
-    for item in part.items:
-        data = planner.resolve_data(item)
-        assert isinstance(data, torch.Tensor), "only tensors are planned"
-        yield (data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._store.write(f"{self._folder}/{part.file}", blocks(), direct=True)
+        return FileEntry(len(file), digest.hexdigest())

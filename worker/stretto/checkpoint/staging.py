@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -31,11 +32,16 @@ class Staging:
         """
         parts: Sequence[Part] = plan.storage_data
         placed = [
-            (item, part.begin + start) for part in parts for item, start in zip(part.items, part.starts, strict=True)
+            (item, part.begin + len(part.header) + start)
+            for part in parts
+            for item, start in zip(part.items, part.starts, strict=True)
         ]
         sources = [planner.resolve_data(item) for item, _ in placed]
         pinned = any(isinstance(source, Tensor) and source.is_cuda for source in sources)
         self._reserve(parts[-1].end if parts else 0, pinned=pinned)
+        for part in parts:
+            header = torch.frombuffer(bytearray(part.header), dtype=torch.uint8)
+            self._buffer[part.begin : part.begin + len(header)] = header
         views: dict[int, Tensor] = {}
         for item, begin in placed:
             views[id(item)] = self._buffer[begin : begin + size_of(item)].view(dtype_of(item)).view(box_of(item)[1])
@@ -46,7 +52,7 @@ class Staging:
             self._copy_in_threads(pairs)
         if pinned:
             torch.cuda.synchronize()
-        return Staged(plan, views, index)
+        return Staged(plan, self._buffer, views, index)
 
     def _copy_in_threads(self, pairs: list[tuple[Tensor, Any]]) -> None:
         """Several read memory faster than one; each has about as much to do."""
@@ -57,7 +63,13 @@ class Staging:
     def _reserve(self, size_bytes: int, *, pinned: bool) -> None:
         if self._buffer.numel() < size_bytes or (pinned and not self._buffer.is_pinned()):
             self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one goes first
-            self._buffer = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=pinned)
+            self._buffer = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True) if pinned else _pages(size_bytes)
+
+
+def _pages(size_bytes: int) -> Tensor:
+    """Memory that begins at a page's beginning, and that a child process gets a copy of."""
+    area = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(area, dtype=torch.uint8)
 
 
 def _copy_all(pairs: list[tuple[Tensor, Any]]) -> None:
@@ -67,10 +79,11 @@ def _copy_all(pairs: list[tuple[Tensor, Any]]) -> None:
 
 
 class Staged(SavePlanner):
-    """A plan that is settled, and the values that it had: what DCP's storage writers take in the background."""
+    """A plan that is settled, and the files' bytes as they were: what a storage writer takes in the background."""
 
-    def __init__(self, plan: SavePlan, views: dict[int, Tensor], index: Index) -> None:
+    def __init__(self, plan: SavePlan, buffer: Tensor, views: dict[int, Tensor], index: Index) -> None:
         self._plan = plan
+        self._buffer = buffer
         self._views = views
         self._index = index
 
@@ -90,3 +103,7 @@ class Staged(SavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         return self._views[id(write_item)]
+
+    def file(self, part: Part) -> memoryview:
+        """A whole file, header and all."""
+        return self._buffer[part.begin : part.end].numpy().data

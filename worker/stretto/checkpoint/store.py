@@ -11,8 +11,11 @@ from typing import Any, BinaryIO
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from stretto.checkpoint.direct import DirectFile, append, is_cached
+
 _PARTIAL = ".partial"
 _UPLOAD_BYTES = 8 << 20  # of one part of an upload
+_LARGE_BYTES = 1 << 20
 # Object stores have no folders; to make one there would be to make a bucket, perhaps of a name with a typing error.
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci"})
 
@@ -58,7 +61,8 @@ class Store:
                 return {}
         self._fs.invalidate_cache()
         try:
-            found = self._fs.ls(path, detail=True)
+            with _said_as_oserror():
+                found = self._fs.ls(path, detail=True)
         except FileNotFoundError:
             return {}
         names = {str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]: int(entry.get("size") or 0) for entry in found}
@@ -75,20 +79,25 @@ class Store:
                 self._made = True
             _sync(Path(self._root))
 
-    def write(self, path: str, chunks: Iterable[Bytes]) -> None:
-        """Write a file; it is there, whole, when this returns."""
+    def write(self, path: str, chunks: Iterable[Bytes], *, direct: bool = False) -> None:
+        """Write a file; it is there, whole, when this returns.
+
+        direct: past the page cache, where the file system lets it.
+        """
         if self.local:
-            self._write_local(self.at(path), chunks)
+            self._write_local(self.at(path), chunks, direct)
             return
-        file = self._fs.open(self.at(path), "wb", block_size=_UPLOAD_BYTES)
-        try:
-            for chunk in chunks:
-                file.write(chunk)
-        except BaseException:
-            with contextlib.suppress(Exception):
-                file.discard()  # closing would publish a part
-            raise
-        file.close()
+        with _said_as_oserror():
+            file = self._fs.open(self.at(path), "wb", block_size=_UPLOAD_BYTES)
+            try:
+                for chunk in chunks:
+                    for start in range(0, len(chunk), _UPLOAD_BYTES):  # what comes at once becomes one part
+                        file.write(memoryview(chunk)[start : start + _UPLOAD_BYTES])
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    file.discard()  # closing would publish a part
+                raise
+            file.close()
 
     def create(self, path: str, data: bytes) -> bool:
         """Write a small file unless there is one; whether it was written by this call."""
@@ -100,7 +109,8 @@ class Store:
                     os.fsync(file.fileno())
                 _sync(Path(self.at(path)).parent)
             else:
-                self._fs.pipe_file(self.at(path), data, mode="create")
+                with _said_as_oserror():
+                    self._fs.pipe_file(self.at(path), data, mode="create")
         except FileExistsError:
             return False
         return True
@@ -117,40 +127,50 @@ class Store:
 
     @contextlib.contextmanager
     def open(self, path: str) -> Iterator[BinaryIO]:
-        """A file to read from, unbuffered where it is local."""
+        """A file to read from; a large local one past the page cache, unless it is there already."""
         if self.local:
             with open(self.at(path), "rb", buffering=0) as local:
-                yield local
+                large = os.fstat(local.fileno()).st_size >= _LARGE_BYTES
+                yield DirectFile(local) if large and not is_cached(local.fileno()) else local
             return
         self._fs.invalidate_cache()
-        with self._fs.open(self.at(path), "rb") as file:
+        with _said_as_oserror(), self._fs.open(self.at(path), "rb") as file:
             yield file
 
     def remove(self, path: str) -> None:
         """Delete a file, if it is there."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), _said_as_oserror():
             self._fs.rm_file(self.at(path))
 
     def remove_folder(self, folder: str, *, first: str) -> None:
         """Delete a folder with its files, if it is there; `first` goes before the others."""
         self.remove(f"{folder}/{first}")
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), _said_as_oserror():
             self._fs.rm(self.at(folder), recursive=True)
 
-    def _write_local(self, path: str, chunks: Iterable[Bytes]) -> None:
+    def _write_local(self, path: str, chunks: Iterable[Bytes], direct: bool) -> None:
         partial = path + _PARTIAL
         try:
             with open(partial, "wb", buffering=0) as file:
                 for chunk in chunks:
-                    view = memoryview(chunk)
-                    while view:  # a nearly full disk takes a part of it first
-                        view = view[file.write(view) :]
+                    append(file.fileno(), memoryview(chunk), direct)
                 os.fsync(file.fileno())
             os.replace(partial, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(partial)
             raise
+
+
+@contextlib.contextmanager
+def _said_as_oserror() -> Iterator[None]:
+    """Clients of object stores have exceptions of their own: for credentials that are missing, say."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] in ("builtins", "stretto"):
+            raise
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def _sizes(entries: Iterator[os.DirEntry[str]]) -> Iterator[tuple[str, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -28,6 +30,9 @@ Url = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+_WIDTH = 200  # of tables that no terminal shows
+_LEAST_WIDTH = 110  # names are not to be broken
 
 app = typer.Typer(no_args_is_help=True, help="Look at checkpoints, verify them, and export their models.")
 
@@ -103,7 +108,7 @@ def _errors() -> Iterator[None]:
 
 
 def _fail(message: str, code: int) -> None:
-    Console(stderr=True).print("[red]error:[/]", message, highlight=False, soft_wrap=True)
+    Console(stderr=True).print("[red]error:[/]", escape(message), highlight=False, soft_wrap=True)
     raise typer.Exit(code)
 
 
@@ -174,23 +179,22 @@ def _show(value: Any, as_json: bool, tables: Callable[[], Any]) -> None:
     if as_json:
         typer.echo(json.dumps(value, indent=2))
     else:
-        width = int(os.environ.get("COLUMNS", "0")) or None
-        Console(width=width).print(tables(), soft_wrap=False)
+        width = int(os.environ.get("COLUMNS", "0")) or (Console().width if sys.stdout.isatty() else _WIDTH)
+        Console(width=max(width, _LEAST_WIDTH)).print(tables(), soft_wrap=False)
 
 
 def _rows_table(rows: list[dict[str, Any]]) -> Table:
-    table = _table("checkpoint", "step", "tau", "ranks", "size", "written", "problem")
+    table = _table("checkpoint", "tau", "ranks", "size", "age", "problem")
     for row in rows:
         if row["problem"]:
-            table.add_row(row["checkpoint"], str(row["step"]), "-", "-", "-", "-", f"[red]{row['problem']}[/]")
+            table.add_row(row["checkpoint"], "-", "-", "-", "-", f"[red]{escape(row['problem'])}[/]")
             continue
         table.add_row(
             row["checkpoint"],
-            str(row["step"]),
             f"{row['tau']:.1f}",
             str(row["world_size"]),
             _size(row["size_bytes"]),
-            _clock(row["created_s"]),
+            _age(time.time() - row["created_s"]),
             "",
         )
     return table
@@ -199,7 +203,7 @@ def _rows_table(rows: list[dict[str, Any]]) -> Table:
 def _verdicts_table(rows: list[dict[str, Any]]) -> Table:
     table = _table("checkpoint", "whole", "problem")
     for row in rows:
-        table.add_row(row["checkpoint"], "[green]yes[/]" if row["whole"] else "[red]no[/]", row["reason"])
+        table.add_row(row["checkpoint"], "[green]yes[/]" if row["whole"] else "[red]no[/]", escape(row["reason"]))
     return table
 
 
@@ -211,7 +215,7 @@ def _tables(contents: Contents, shown: dict[str, Any]) -> Table:
         ("checkpoint", shown["checkpoint"]),
         ("job", manifest.job or "-"),
         ("tau", f"{manifest.tau:.1f}"),
-        ("written", f"{_clock(manifest.created_s)} by {manifest.world_size} ranks"),
+        ("written", f"{_clock(manifest.created_s)} by {manifest.world_size} rank{'s' * (manifest.world_size > 1)}"),
         ("size", f"{_size(manifest.size_bytes)} in {len(manifest.files)} files"),
         ("state", ", ".join(shown["state"])),
     ):
@@ -234,6 +238,13 @@ def _size(size_bytes: int) -> str:
     return f"{size:.1f} TB"
 
 
+def _age(age_s: float) -> str:
+    for unit, size_s in (("d", 86400), ("h", 3600), ("min", 60)):
+        if age_s >= 2 * size_s:
+            return f"{age_s / size_s:.0f} {unit}"
+    return f"{max(age_s, 0):.0f} s"
+
+
 def _clock(time_s: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_s))
 
@@ -241,5 +252,5 @@ def _clock(time_s: float) -> str:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "checkpoint")
     return table

@@ -87,7 +87,7 @@ def build_parser() -> ArgumentParser:
     ours.add_argument(
         "--reconfigure",
         choices=("restart", "in-process"),
-        default="in-process",
+        default=_mode_of(parser.get_default("rdzv_conf")) or "in-process",
         help="How workers meet a change of membership. in-process, the default: they live on, and change generation; "
         "the script has to train with stretto.ElasticTrainer or a live session. restart: new ones are started, which "
         "works with any script.",
@@ -95,11 +95,18 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+def _mode_of(rdzv_conf: str) -> str:
+    """The mode that --rdzv-conf names; empty where it names none."""
+    pairs = (pair.partition("=") for pair in rdzv_conf.split(","))
+    return next((value.strip() for key, _, value in pairs if key.strip() == "reconfigure"), "")
+
+
 def _refuse_what_is_settled(parser: ArgumentParser, args: Namespace) -> None:
     for name in _SETTLED_BY_US:
         if getattr(args, name) != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} is settled by stretto run; use --endpoint and --job")
-    if any(pair.partition("=")[0].strip() == "reconfigure" for pair in args.rdzv_conf.split(",")):
+    # Where PET_RDZV_CONF says it, as the Kubernetes operator does, --reconfigure has it as its default.
+    if args.rdzv_conf != parser.get_default("rdzv_conf") and _mode_of(args.rdzv_conf):
         raise ValueError(f"--rdzv-conf={args.rdzv_conf}: the mode is settled by stretto run; use --reconfigure")
 
 

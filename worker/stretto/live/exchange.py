@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,10 +29,10 @@ class LiveTransport:
         self._device = device
 
     def sum_(self, numbers: Numbers) -> None:
-        self._reduce(numbers, dist.ReduceOp.SUM)
+        self._start(numbers, dist.ReduceOp.SUM)()
 
-    def max_(self, numbers: Numbers) -> None:
-        self._reduce(numbers, dist.ReduceOp.MAX)
+    def start_max(self, numbers: Numbers) -> Callable[[], None]:
+        return self._start(numbers, dist.ReduceOp.MAX)
 
     def scatter(self, received: Tensor, flat: Tensor, bounds: Sequence[int]) -> None:
         theirs, ours = split_sizes(bounds, self.rank, flat.element_size())
@@ -43,9 +43,14 @@ class LiveTransport:
         for future in futures:
             self._generation.wait(future)
 
-    def _reduce(self, numbers: Numbers, operation: dist.ReduceOp.RedOpType) -> None:
+    def _start(self, numbers: Numbers, operation: dist.ReduceOp.RedOpType) -> Callable[[], None]:
         tensor = torch.from_numpy(numbers)
         reduced = tensor.to(self._device)
-        self._generation.wait(self._generation.all_reduce(reduced, operation))
-        if reduced is not tensor:
-            tensor.copy_(reduced)
+        future = self._generation.all_reduce(reduced, operation)
+
+        def finish() -> None:
+            self._generation.wait(future)
+            if reduced is not tensor:
+                tensor.copy_(reduced)
+
+        return finish

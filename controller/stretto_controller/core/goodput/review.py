@@ -148,7 +148,7 @@ def _situation(draft: Draft, progress: Progress, circumstances: Circumstances) -
     model = fitted(_measured(draft).points)
     if model is None or draft.live.review.steps < draft.limits.observed_steps:
         return f"no size is predicted yet: {draft.limits.observed_steps} steps at the present size are needed"
-    assumed = not moments.known and generation.world_size == 1
+    assumed = _blind(draft, batches) and (not moments.known or _long_alone(draft))
     if assumed:
         moments = Moments(1.0, 0.0)
     elif not moments.known:
@@ -176,6 +176,18 @@ def _situation(draft: Draft, progress: Progress, circumstances: Circumstances) -
         share=max(circumstances.share, spec.min_nodes),
         assumed=assumed,
     )
+
+
+def _blind(draft: Draft, batches: Batches) -> bool:
+    """One gradient a step says nothing about the noise: what is known of it is as old as this size."""
+    generation = draft.record.generation
+    return generation is not None and generation.world_size == batches.shape(1).accumulation == 1
+
+
+def _long_alone(draft: Draft) -> bool:
+    """Whether it is time to look again, where that is the controller's to do."""
+    act = draft.record.autoscale.mode is AutoscaleMode.ACT
+    return act and draft.now_s - draft.live.review.resized_s >= draft.limits.remeasure_s
 
 
 def _pause_s(draft: Draft) -> float:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +56,10 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
+# An endpoint and what to prove who one is with -> a channel to it.
+OpenChannel = Callable[[str, grpc.ChannelCredentials | None], grpc.aio.Channel]
+
+
 class EtcdUnavailableError(Exception):
     """No answer in time. Whether the request was, or will be, carried out is not known."""
 
@@ -89,24 +92,25 @@ AUTHENTICATE = Method("/etcdserverpb.Auth/Authenticate", etcd.EtcdAuthenticateRe
 class Connection:
     """One channel per endpoint; the one that answered last is asked first."""
 
-    def __init__(self, settings: EtcdSettings) -> None:
-        """Raises StoreError when a file of the settings cannot be read."""
+    def __init__(self, settings: EtcdSettings, open_channel: OpenChannel | None = None) -> None:
+        """Raises StoreError when a file of the settings cannot be read. open_channel: gRPC's, or a simulation's."""
         self._settings = settings
         self._password = _read(settings.password_file).decode().strip() if settings.password_file else ""
         self._token = ""
         credentials = _credentials(settings)
-        self._channels = [_channel(endpoint, credentials) for endpoint in settings.endpoint_list]
+        self._channels = [(open_channel or _channel)(endpoint, credentials) for endpoint in settings.endpoint_list]
         self._position = 0
 
     async def call(self, method: Method, request: Message, limit_s: float | None = None) -> Any:
         """As `ask`, at one endpoint after the other until one answers or limit_s (a round of all) has passed."""
         limit_s = self._settings.request_timeout_s * (len(self._channels) + 1) if limit_s is None else limit_s
-        deadline_s = time.monotonic() + limit_s
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + limit_s
         while True:
             try:
                 return await self.ask(method, request)
             except EtcdUnavailableError:
-                if time.monotonic() >= deadline_s:
+                if loop.time() >= deadline_s:
                     raise
                 await asyncio.sleep(_RETRY_PAUSE_S)
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
-import time
+from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -43,7 +43,8 @@ class _Lease:
 class Election:
     """One candidate, from its start to its win, and from there until it has lost; a new attempt is a new Election."""
 
-    def __init__(self, connection: Connection, key: bytes, lease_s: int) -> None:
+    def __init__(self, connection: Connection, key: bytes, lease_s: int, now_s: Callable[[], float]) -> None:
+        """now_s: of a clock that also runs while this process, or its machine, is stopped."""
         self.leader = Leader()
         # Set once, for good: what was won is over.
         self.lost = asyncio.Event()
@@ -54,6 +55,7 @@ class Election:
         self._key = key
         self._me = Leader()
         self._lease_s = lease_s
+        self._now_s = now_s
         self._lease: _Lease | None = None
         self._renewal: asyncio.Task[None] | None = None
 
@@ -71,7 +73,9 @@ class Election:
     def holds(self) -> bool:
         """Whether the lease lives, by our own clock: also right after this process was stopped for a while."""
         lease = self._lease
-        return self.create_revision > 0 and not self.lost.is_set() and lease is not None and _now_s() < lease.ends_s
+        return (
+            self.create_revision > 0 and not self.lost.is_set() and lease is not None and self._now_s() < lease.ends_s
+        )
 
     def lose(self, reason: str) -> None:
         """From now on this controller does not lead."""
@@ -94,7 +98,7 @@ class Election:
         async with aclosing(self._connection.follow(self._key)) as values:
             async for value in values:
                 claimed = value if value is not None else await self._claim()
-                if self._lease is not None and claimed.lease == self._lease.id and _now_s() < self._lease.ends_s:
+                if self._lease is not None and claimed.lease == self._lease.id and self._now_s() < self._lease.ends_s:
                     self.create_revision, self.leader = claimed.create_revision, self._me
                     self._renewal = asyncio.create_task(self._keep(self._lease))
                     return
@@ -102,8 +106,8 @@ class Election:
 
     async def _claim(self) -> etcd.EtcdKeyValue:
         """Write the key unless somebody has; whose it is now. May be repeated: the lease tells which is ours."""
-        if self._lease is None or _now_s() > self._lease.ends_s - self._lease.time_s / 2:
-            asked_s = _now_s()
+        if self._lease is None or self._now_s() > self._lease.ends_s - self._lease.time_s / 2:
+            asked_s = self._now_s()
             granted = await self._connection.call(LEASE_GRANT, etcd.EtcdLeaseGrantRequest(ttl=self._lease_s))
             self._lease = _Lease(granted.id, granted.ttl, asked_s + granted.ttl)
         value = json.dumps({"grpc": self._me.grpc_address, "http": self._me.http_url}).encode()
@@ -123,18 +127,18 @@ class Election:
         """Renew at a third of the lease time, until it is lost."""
         renew_s = lease.ends_s - lease.time_s * (1 - 1 / _RENEWALS)
         while not self.lost.is_set():
-            await asyncio.sleep(max(0.0, min(renew_s, lease.ends_s) - _now_s()))
-            left_s = lease.ends_s - _now_s()
+            await asyncio.sleep(max(0.0, min(renew_s, lease.ends_s) - self._now_s()))
+            left_s = lease.ends_s - self._now_s()
             if left_s <= 0:
                 self.lose(f"its lease could not be renewed for {lease.time_s:g} s")
                 return
-            asked_s = _now_s()
+            asked_s = self._now_s()
             request = etcd.EtcdLeaseKeepAliveRequest(id=lease.id)
             try:
                 answer = await self._connection.ask(LEASE_KEEP_ALIVE, request, min(left_s, lease.time_s / _RENEWALS))
             except (EtcdUnavailableError, EtcdRefusedError) as error:
                 _log.warning("the lease was not renewed, %.1f s are left: %s", left_s, error)
-                renew_s = _now_s() + _RETRY_PAUSE_S
+                renew_s = self._now_s() + _RETRY_PAUSE_S
                 continue
             if answer.ttl <= 0:
                 self.lose("etcd does not know its lease any more")
@@ -153,8 +157,3 @@ class Election:
         if leader != self.leader:
             self.leader = leader
             _log.info("the leader is %s", leader.grpc_address or "not known yet")
-
-
-def _now_s() -> float:
-    """Seconds that also pass while this process, or its machine, is stopped."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)

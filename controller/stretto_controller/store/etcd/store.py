@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections import deque
+from collections.abc import Callable
 from itertools import count, islice
 
 from stretto_proto.v1 import etcd_pb2 as etcd
@@ -14,6 +17,8 @@ from stretto_controller.store.contents import Leader, Save, Stored, StoreError
 from stretto_controller.store.etcd.connection import RANGE, TXN, Connection, EtcdRefusedError, EtcdUnavailableError
 from stretto_controller.store.etcd.election import COMPARE_CREATE, Election
 from stretto_controller.store.etcd.layout import Keys, Layout, group_length, put
+
+_log = logging.getLogger("stretto.controller")
 
 _COMPARE_VALUE = 3
 _PAGE_LENGTH = 500
@@ -28,12 +33,20 @@ class EtcdStore:
     carried out once, or, if it was before, the request id in `last_save` says so.
     """
 
-    def __init__(self, settings: EtcdSettings, *, kept_events: int, kept_generations: int) -> None:
-        """Raises StoreError when a file of the settings cannot be read."""
+    def __init__(
+        self,
+        settings: EtcdSettings,
+        *,
+        kept_events: int,
+        kept_generations: int,
+        connection: Connection | None = None,
+        now_s: Callable[[], float] | None = None,
+    ) -> None:
+        """Raises StoreError when a file of the settings cannot be read. connection, now_s: given by simulations."""
         self._keys = Keys(settings.prefix)
         self._layout = Layout(self._keys, kept_events=kept_events, kept_generations=kept_generations)
-        self._connection = Connection(settings)
-        self._election = Election(self._connection, self._keys.leader, settings.lease_s)
+        self._connection = connection or Connection(settings)
+        self._election = Election(self._connection, self._keys.leader, settings.lease_s, now_s or _boot_time_s)
         self.lost = self._election.lost
         self._waiting: deque[tuple[Save, asyncio.Future[None]]] = deque()
         self._news = asyncio.Event()
@@ -53,13 +66,15 @@ class EtcdStore:
 
     async def lead(self, me: Leader) -> None:
         """Wait for the lead. Raises StoreError when etcd refuses us: credentials, rights."""
-        try:
-            await self._connection.call(RANGE, etcd.EtcdRangeRequest(key=self._keys.leader))
-        except EtcdRefusedError as error:
-            raise StoreError(f"{error}; check etcd.user, etcd.password_file and the role's prefix") from error
-        except EtcdUnavailableError:
-            # The election goes on asking.
-            pass
+        while True:
+            try:
+                await self._connection.call(RANGE, etcd.EtcdRangeRequest(key=self._keys.leader))
+                break
+            except EtcdRefusedError as error:
+                raise StoreError(f"{error}; check etcd.user, etcd.password_file and the role's prefix") from error
+            except EtcdUnavailableError as error:
+                # Before etcd has answered once nobody can be chosen, and a refusal may still come.
+                _log.warning("no leader could be chosen: %s", error)
         await self._election.win(me)
 
     def leads(self) -> bool:
@@ -197,3 +212,8 @@ class EtcdStore:
                 f"cannot save: the latest write is {found} and should be {self._last_id.decode() or 'none'}; something "
                 f"else writes under {self._keys.prefix} in etcd: give this cluster a prefix of its own"
             )
+
+
+def _boot_time_s() -> float:
+    """Seconds that also pass while this process, or its machine, is stopped."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
