@@ -41,6 +41,7 @@ class Release:
     marks: Marks
     actions: tuple[Action, ...]
     reason: str
+    wall_s: float
     events: tuple[StoredEvent, ...] = ()
     generations: tuple[GenerationSummary, ...] = ()
     points: tuple[Point, ...] = ()
@@ -62,6 +63,9 @@ class Job:
         self.news = asyncio.Event()
         self.logged_reason = ""
         self.ticked_s = 0.0
+        # When its next wake-up was planned last; and whether that is about to be done again.
+        self.planned_s = -math.inf
+        self.plans = False
         self._service = service
         self._shown: JobState | None = None
         self._shown_marks = Marks()
@@ -114,6 +118,7 @@ class Job:
             self._marks,
             decision.actions,
             decision.reason,
+            at.wall_s,
             events,
             tuple(self._history(decision, at.wall_s)),
             points,

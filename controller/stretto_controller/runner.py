@@ -35,6 +35,7 @@ from stretto_controller.sessions import Sessions
 from stretto_controller.settings import ServiceLimits
 from stretto_controller.snapshot import JobView
 from stretto_controller.store.contents import Leader, Save, Store, Stored, StoreError
+from stretto_controller.tracing import Tracing
 
 _log = logging.getLogger("stretto.controller")
 
@@ -67,6 +68,8 @@ class Runner:
         self.sessions = Sessions()
         self.decision_seconds = Observations(DECISION_BOUNDS)
         self.store_errors = 0
+        # Told of each decision that is saved; None: nobody asked for traces.
+        self.tracing: Tracing | None = None
         # Set once a save has failed: what was decided since cannot be kept, so the process must end.
         self.failed = asyncio.Event()
         self.failure: StoreError | None = None
@@ -154,8 +157,8 @@ class Runner:
         if isinstance(event, NodeHello):
             self.sessions.bind(name, event.node_id, event.session_id)
         self._carry_out(job, decision, now_s)
-        if not isinstance(event, _FREQUENT):
-            self._plan_wake_up(job, now_s)
+        if not (decision.quiet or isinstance(event, _FREQUENT)):
+            self._plan(job, now_s)
 
     async def decide(self, name: str, event: Event) -> None:
         """As `submit`, but returns, or raises Rejected, only when all that it rests on is saved."""
@@ -296,6 +299,8 @@ class Runner:
                 return
             job.releases.popleft()
             job.show(release)
+            if self.tracing is not None:
+                self.tracing.note(job.name, release.state, release.actions, release.wall_s)
             self._log_reason(job, release)
             for action in release.actions:
                 self.sessions.send(job.name, action)
@@ -309,10 +314,24 @@ class Runner:
             _log.critical("job %s: a decision was not saved and is not acted upon: %s", job.name, error)
             self.failed.set()
 
+    def _plan(self, job: Job, now_s: float) -> None:
+        """Plan the next wake-up, which is a look at every node: once for events that come together."""
+        if now_s - job.planned_s >= _SHORTEST_WAIT_S:
+            self._plan_wake_up(job, now_s)
+        elif not job.plans:
+            job.plans = True
+            asyncio.get_running_loop().call_later(_SHORTEST_WAIT_S, self._plan_late, job)
+
+    def _plan_late(self, job: Job) -> None:
+        job.plans = False
+        if self._running:
+            self._plan_wake_up(job, self._clocks.monotonic_s())
+
     def _plan_wake_up(self, job: Job, now_s: float) -> None:
         state = job.state
         if state is None:
             return
+        job.planned_s = now_s
         wake_s = core.next_wake_s(state, self._limits)
         if not state.record.phase.finished:
             latest_s = job.ticked_s + self._service.tick_interval_s

@@ -21,6 +21,7 @@ from stretto_controller.service.server import GrpcServer, address
 from stretto_controller.settings import Settings, is_wildcard
 from stretto_controller.store.choice import open_store
 from stretto_controller.store.contents import Leader, Store, StoreError
+from stretto_controller.tracing import Tracing
 from stretto_controller.web.app import build_app
 from stretto_controller.web.server import HttpServer
 
@@ -65,10 +66,14 @@ class Term:
         self._again = again
 
     async def serve(self, stopped: asyncio.Event) -> Outcome:
+        if self.settings.trace_endpoint:
+            self.runner.tracing = Tracing.to(self.settings.trace_endpoint)
         try:
             return await self._serve(stopped)
         finally:
             await self._store.close()
+            if self.runner.tracing is not None:
+                await asyncio.to_thread(self.runner.tracing.close)
 
     async def _serve(self, stopped: asyncio.Event) -> Outcome:
         settings, runner = self.settings, self.runner

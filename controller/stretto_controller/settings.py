@@ -38,6 +38,8 @@ class ServiceLimits:
     body_size_bytes: int = 64 << 10
     # Actions that wait for a stream whose peer does not read; more ends it.
     outbox_length: int = 256
+    # At the end of a stream, a message under way has this long to be taken.
+    last_write_s: float = 1.0
     # Every job that is not finished has a tick at least this often.
     tick_interval_s: float = 0.5
     # The progress rate is measured over this long: longer is smoother and later.
@@ -149,6 +151,8 @@ class Settings:
     insecure: bool = False
     # console, or json: one object a line.
     log_format: str = logs.CONSOLE
+    # http(s)://HOST:PORT of an OpenTelemetry collector (OTLP over gRPC): traces of generation changes go there.
+    trace_endpoint: str = ""
     # Written, whole, once both ports serve.
     ready_file: Path | None = None
     # HOST[:PORT] at which others reach this controller's gRPC port, told to those who ask a follower.
@@ -170,6 +174,8 @@ class Settings:
             raise ValueError(f"store is {self.store!r}; it must be one of {', '.join(_STORES)}")
         if self.log_format not in logs.FORMATS:
             raise ValueError(f"log_format is {self.log_format!r}; it must be one of {', '.join(logs.FORMATS)}")
+        if self.trace_endpoint and not self.trace_endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"trace_endpoint is {self.trace_endpoint!r}; give http://HOST:PORT or https://HOST:PORT")
         self.security.validate()
         safe = self.security.tls_cert is not None and self.security.tokens is not None
         if not self.insecure and not safe and not is_loopback(self.host):

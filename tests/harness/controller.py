@@ -118,11 +118,17 @@ class ControllerProcess:
         self._process = None
         return code
 
-    def get(self, path: str) -> Any:
+    def get(self, path: str, token: str = "") -> Any:
         """JSON from the HTTP API."""
-        request = urllib.request.Request(f"{self.http}{path}", headers={"Accept": "application/json"})
-        with urllib.request.urlopen(request, timeout=10) as response:
-            return json.load(response)
+        return json.loads(self.text(path, token, accept="application/json"))
+
+    def text(self, path: str, token: str = "", accept: str = "text/plain") -> str:
+        """What the HTTP API answers."""
+        headers = {"Accept": accept, **({"Authorization": f"Bearer {token}"} if token else {})}
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{self.http}{path}", headers=headers), timeout=10
+        ) as answer:
+            return str(answer.read().decode())
 
     @property
     def _ready_file(self) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -16,14 +16,16 @@ from stretto_proto.v1.rendezvous_pb2_grpc import RendezvousStub
 from stretto_proto.v1.training_pb2_grpc import TrainingStub
 
 WAIT_S = 10.0
+# Of a call: a token, for example.
+Metadata = Sequence[tuple[str, str]]
 
 
 class RawStream:
     """One bidirectional stream: `send` a message, `next` answer, `status` at its end."""
 
-    def __init__(self, method: Callable[..., Any]) -> None:
+    def __init__(self, method: Callable[..., Any], metadata: Metadata = ()) -> None:
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._call = method(iter(self._requests.get, None), wait_for_ready=True)
+        self._call = method(iter(self._requests.get, None), wait_for_ready=True, metadata=metadata)
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._receive, daemon=True).start()
 
@@ -58,7 +60,8 @@ class RawStream:
 class RawNode:
     """One agent. Each `connect` opens a new stream on a channel of its own."""
 
-    def __init__(self, endpoint: str, job: str, node_id: str, **spec: Any) -> None:
+    def __init__(self, endpoint: str, job: str, node_id: str, *, metadata: Metadata = (), **spec: Any) -> None:
+        self._metadata = metadata
         self.job = job
         self.node_id = node_id
         self.key = f"key-of-{node_id}-and-longer"
@@ -79,7 +82,7 @@ class RawNode:
 
     def open(self) -> RawStream:
         """A stream without a hello."""
-        self.stream = RawStream(RendezvousStub(self._channel).Attend)
+        self.stream = RawStream(RendezvousStub(self._channel).Attend, self._metadata)
         return self.stream
 
     def hello(self, *, ready: bool = False, version: int = 1) -> rendezvous.AttendRequest:
@@ -173,7 +176,8 @@ class RawWorker:
 class RawLiveWorker:
     """One training process of in-process mode: it asks for its places itself, and keeps its last request in mind."""
 
-    def __init__(self, endpoint: str, job: str, node_id: str, local_rank: int = 0) -> None:
+    def __init__(self, endpoint: str, job: str, node_id: str, local_rank: int = 0, *, metadata: Metadata = ()) -> None:
+        self._metadata = metadata
         self._channel = grpc.insecure_channel(endpoint, [("grpc.use_local_subchannel_pool", 1)])
         self.job, self.node_id, self.local_rank = job, node_id, local_rank
         self.request = training.WorkerReady(request_id=100, store_port=20000, preflight_port=30000)
@@ -202,7 +206,7 @@ class RawLiveWorker:
                 **changes,
             }
         )
-        self.stream = RawStream(TrainingStub(self._channel).Train)
+        self.stream = RawStream(TrainingStub(self._channel).Train, self._metadata)
         self.stream.send(training.TrainRequest(hello=hello))
         return self.stream
 

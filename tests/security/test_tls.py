@@ -13,6 +13,7 @@ import pytest
 from harness.bench import SPEC, Bench
 from harness.certificates import Authority, Issued
 from stretto.client import JobsClient
+from stretto.commands import doctor
 from stretto.commands.doctor import examine
 from stretto.credentials import VARIABLES
 from stretto.errors import Fatal, Retry
@@ -146,6 +147,51 @@ async def test_the_doctor_names_a_certificate_for_another_name(tmp_path: Path, a
 async def test_the_doctor_names_a_certificate_that_ends_soon(tmp_path: Path, authority: Authority) -> None:
     async with Secured(tmp_path, authority.issue("IP:127.0.0.1", days=3)) as secured:
         assert "renew it" in await wrongs(secured.endpoint, {"STRETTO_TLS_CA": str(authority.ca)})
+
+
+async def test_the_doctor_names_a_certificate_that_has_ended(tmp_path: Path, authority: Authority) -> None:
+    async with Secured(tmp_path, authority.issue("IP:127.0.0.1", days=0)) as secured:
+        found = await wrongs(secured.endpoint, {"STRETTO_TLS_CA": str(authority.ca)})
+        assert "out of its time by this machine's clock: certificate has expired -> renew it" in found
+
+
+async def test_the_doctor_names_a_client_certificate_that_is_missing(tmp_path: Path, authority: Authority) -> None:
+    async with Secured(tmp_path, authority.issue("IP:127.0.0.1"), authority.ca) as secured:
+        environment = {"STRETTO_TLS_CA": str(authority.ca)}
+        found = await wrongs(secured.endpoint, environment)
+        assert "only clients with a certificate in, and this one has none -> set STRETTO_TLS_CERT" in found
+        stranger = Authority(tmp_path / "stranger").issue("DNS:agent.example.org")
+        environment |= {"STRETTO_TLS_CERT": str(stranger.cert), "STRETTO_TLS_KEY": str(stranger.key)}
+        assert "and refuses this one's" in await wrongs(secured.endpoint, environment)
+
+
+async def test_the_doctor_names_files_that_are_missing_or_no_certificates(secured: Secured, tmp_path: Path) -> None:
+    assert "cannot read /no/such.pem" in await wrongs(secured.endpoint, {"STRETTO_TLS_CA": "/no/such.pem"})
+    text = tmp_path / "text.pem"
+    text.write_text("no certificate")
+    assert "cannot be used" in await wrongs(secured.endpoint, {"STRETTO_TLS_CA": str(text)})
+
+
+async def test_the_doctor_names_the_page_s_port_and_tls_where_there_is_none(
+    tmp_path: Path, authority: Authority
+) -> None:
+    bench, settings, tokens = Bench(), Settings(grpc_port=0, http_port=0), Tokens(None, 0.0)
+    http = HttpServer(build_app(bench.runner, ServiceLimits(), tokens), settings, None)
+    port = await http.start()
+    try:
+        assert "is an HTTP server" in await wrongs(f"127.0.0.1:{port}", {})
+        found = await wrongs(f"127.0.0.1:{port}", {"STRETTO_TLS_CA": str(authority.ca)})
+        assert "does not speak TLS" in found
+        assert "-> unset STRETTO_TLS_CA" in found
+    finally:
+        await bench.runner.stop()
+        await http.stop()
+
+
+def test_the_doctor_names_packages_that_are_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "version", lambda package: "1.13.1+cu117" if package == "torch" else "99.0")
+    found = next(finding for finding in doctor.examine("127.0.0.1:1", {}) if not finding.ok)
+    assert "torch 1.13.1+cu117 is older than 2.10" in found.text
 
 
 async def test_the_doctor_names_a_closed_port_a_bad_name_and_a_bad_endpoint() -> None:

@@ -194,3 +194,5 @@ class Decision:
     state: JobState
     actions: tuple[Action, ...] = ()
     reason: str = ""
+    # Nothing follows from the event yet, and the next wake-up comes no earlier for it.
+    quiet: bool = False

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from stretto_controller.core.actions import Action, Decision, Dismiss, LogEvent
+from stretto_controller.core.changed import changed
 from stretto_controller.core.limits import Limits
 from stretto_controller.core.model import (
     Farewell,
@@ -36,6 +37,7 @@ class Draft:
         self.limits = limits
         self.actions: list[Action] = []
         self.reason = ""
+        self.quiet = False
         # A Ready that was answered already: answered again, unless this very event ends that generation.
         self.repeated: tuple[str, Ready] | None = None
         # In-process mode: the same, by the session of the worker that asked.
@@ -47,7 +49,7 @@ class Draft:
             self.record = replace(self.record, **changes)
 
     def set_live(self, **changes: Any) -> None:
-        self.live = replace(self.live, **changes)
+        self.live = changed(self.live, **changes)
 
     def act(self, action: Action) -> None:
         self.actions.append(action)
@@ -114,4 +116,4 @@ class Draft:
         return [n for n in nodes if n is not None and n.state in (NodeState.ACTIVE, NodeState.DRAINING)]
 
     def decision(self) -> Decision:
-        return Decision(JobState(self.record, self.live), tuple(self.actions), self.reason)
+        return Decision(JobState(self.record, self.live), tuple(self.actions), self.reason, self.quiet)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from stretto_controller.core import events as ev
-from stretto_controller.core import liveness, membership, pace, workers
+from stretto_controller.core import liveness, membership, pace, quiet, workers
 from stretto_controller.core.actions import Decision, Dismiss, FenceWorker, Forget
 from stretto_controller.core.draft import DISMISSED_KEPT, Draft
 from stretto_controller.core.errors import Rejected
@@ -30,7 +30,8 @@ def step(name: str, state: JobState | None, event: ev.Event, *, now_s: float, li
     elif treatment is Treatment.TAKE:
         liveness.forgive_stall(draft)
         _FACTS[type(event)](draft, event)
-        if not draft.record.phase.finished and not isinstance(event, _WITHOUT_CONSEQUENCE):
+        draft.quiet = quiet.changes_nothing_yet(draft, state, event)
+        if not (draft.record.phase.finished or draft.quiet or isinstance(event, _WITHOUT_CONSEQUENCE)):
             reconsider(draft)
             if draft.repeated is not None and not membership.answer_again(draft):
                 reconsider(draft)

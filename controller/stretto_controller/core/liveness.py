@@ -64,8 +64,10 @@ def idle_lost_at_s(record: Record, live: Live, node: Node, limits: Limits) -> fl
     agent = live.sessions.get(node.node_id)
     if not record.in_process or not waits or agent is None or agent.closed_s is not None:
         return math.inf
-    heard_s = {w.local_rank: w.heard_s for w in live.workers.of(node.node_id)}
-    since_s = [*heard_s.values(), *(live.watched_s for rank in node.spoken if rank not in heard_s)]
+    crew = live.workers.crew(node.node_id)
+    since_s = [crew.silent_since_s] if crew.workers else []
+    if any(rank not in crew.ranks for rank in node.spoken):
+        since_s.append(live.watched_s)
     return min(since_s, default=math.inf) + limits.hang_limit_s
 
 
@@ -112,11 +114,10 @@ def _agent_signs(live: Live, node: Node) -> _Signs:
 
 def _worker_signs(live: Live, node: Node) -> _Signs:
     """Of the live worker that has been silent, or away, the longest."""
-    own = {w.local_rank: w for w in live.workers.of(node.node_id)}
-    if len(own) < node.slots:
+    crew = live.workers.crew(node.node_id)
+    if len(crew.ranks) < node.slots:
         return _Signs(live.watched_s, live.watched_s)
-    closed = [w.closed_s for w in own.values() if w.closed_s is not None]
-    return _Signs(min(w.heard_s for w in own.values()), min(closed, default=None))
+    return _Signs(crew.silent_since_s, crew.closed_s)
 
 
 def _is_member(record: Record, node: Node) -> bool:

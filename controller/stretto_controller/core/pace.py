@@ -36,6 +36,8 @@ class Lag:
 def lags(state: JobState, limits: Limits) -> list[Lag]:
     """Who holds up the step under way, and when that has consequences."""
     workers = _in_work(state)
+    if not any(w.pace.waiting_s > 0 for w in workers):
+        return []
     step = _under_way(state.live, workers)
     waiting = [w for w in workers if w.pace.step == step and w.pace.waiting_s > 0]
     witness = _witness(waiting)

@@ -15,7 +15,7 @@ def keep_apart(draft: Draft, nodes: Sequence[Node], holding: Collection[str]) ->
     """
     pairs = [pair for pair, apart in draft.live.apart.items() if apart.until_s > draft.now_s]
     kept = list(nodes)
-    while True:
+    while pairs:
         ids = {n.node_id for n in kept}
         complaints = {n.node_id: sum(n.node_id in pair and pair <= ids for pair in pairs) for n in kept}
         rank = {n.node_id: (complaints[n.node_id], n.node_id not in holding, i) for i, n in enumerate(kept)}
@@ -23,6 +23,7 @@ def keep_apart(draft: Draft, nodes: Sequence[Node], holding: Collection[str]) ->
         if worst is None or complaints[worst.node_id] == 0:
             return kept
         kept.remove(worst)
+    return kept
 
 
 def note(draft: Draft, one: str, other: str) -> None:

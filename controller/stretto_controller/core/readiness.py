@@ -10,33 +10,35 @@ from dataclasses import replace
 
 from stretto_controller.core import partition
 from stretto_controller.core.actions import AskToLeave, AskToSave, AssignWorker, CutGeneration, StopWorkers
+from stretto_controller.core.changed import changed
 from stretto_controller.core.draft import Draft
 from stretto_controller.core.model import Generation, Node, NodeState, Phase, Version, WorkerSession
 from stretto_controller.core.report import NO_PACE
 
 
-def workers_of(draft: Draft, node_id: str) -> list[WorkerSession]:
+def workers_of(draft: Draft, node_id: str) -> tuple[WorkerSession, ...]:
     """The node's workers whose streams are open, by local rank."""
-    return sorted((w for w in draft.live.workers.of(node_id) if not w.closed), key=lambda w: w.local_rank)
+    return draft.live.workers.crew(node_id).open
 
 
 def is_ready(draft: Draft, node: Node) -> bool:
     """No worker of the node runs in a generation, and the node can be assigned."""
     if not draft.record.in_process:
         return node.ready is not None
-    asking = [w.local_rank for w in workers_of(draft, node.node_id) if w.ready is not None]
-    return asking == list(range(node.slots))
+    asking = draft.live.workers.crew(node.node_id).asking_ranks
+    return len(asking) == node.slots and asking == tuple(range(node.slots))
 
 
 def version(draft: Draft, node: Node) -> Version:
     """The newest state that the idle live workers of the node hold."""
-    return max((w.ready.version for w in workers_of(draft, node.node_id) if w.ready is not None), default=Version())
+    asking = draft.live.workers.crew(node.node_id).asking
+    return max((w.ready.version for w in asking if w.ready is not None), default=Version())
 
 
 def speaks(draft: Draft, node: Node) -> bool:
     """The live workers of a node that waits are heard of: no generation should begin with one that hangs."""
     silence_s = draft.limits.missed_heartbeats * draft.limits.heartbeat_interval_s
-    return all(draft.now_s - w.heard_s < silence_s for w in workers_of(draft, node.node_id))
+    return draft.now_s - draft.live.workers.crew(node.node_id).heard_s < silence_s
 
 
 def is_running(draft: Draft, node: Node) -> bool:
@@ -56,7 +58,8 @@ def is_broken(draft: Draft, node: Node) -> bool:
         return node.ready is not None
     change = draft.record.change
     leaving = change is not None and change.leaving
-    return any(w.ready is not None and (w.ready.failed or not leaving) for w in workers_of(draft, node.node_id))
+    asking = draft.live.workers.crew(node.node_id).asking
+    return any(w.ready is not None and (w.ready.failed or not leaving) for w in asking)
 
 
 def all_left(draft: Draft) -> bool:
@@ -144,4 +147,4 @@ def put_worker(draft: Draft, worker: WorkerSession) -> None:
 
 def change_worker(draft: Draft, session_id: str, **changes: object) -> None:
     """Set fields of a known worker session."""
-    put_worker(draft, replace(draft.live.workers[session_id], **changes))  # type: ignore[arg-type]  # by the dataclass
+    put_worker(draft, changed(draft.live.workers[session_id], **changes))

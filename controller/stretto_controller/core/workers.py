@@ -14,6 +14,7 @@ from stretto_controller.core.actions import (
     SaveAndExit,
     WelcomeWorker,
 )
+from stretto_controller.core.changed import changed
 from stretto_controller.core.draft import Draft
 from stretto_controller.core.errors import Rejected
 from stretto_controller.core.model import (
@@ -121,8 +122,9 @@ def _take_spec(draft: Draft, event: ev.WorkerHello) -> None:
     spec = draft.record.spec.merged(event.spec)
     draft.update(spec=spec)
     if draft.record.generation is not None:
-        generation = draft.record.generation
-        draft.update(generation=replace(generation, scale=spec.scale(generation.world_size)))
+        generation, scale = draft.record.generation, spec.scale(draft.record.generation.world_size)
+        if generation.scale != scale:
+            draft.update(generation=replace(generation, scale=scale))
 
 
 def _replace_streams(draft: Draft, event: ev.WorkerHello) -> None:
@@ -233,9 +235,14 @@ def _note_failure(draft: Draft, worker: WorkerSession, generation: Generation, r
 
 
 def alive(draft: Draft, event: ev.WorkerAlive) -> None:
-    worker = _heard(draft, event.session_id)
-    if worker is not None and event.pace.generation and event.pace.generation == worker.generation:
-        readiness.change_worker(draft, event.session_id, pace=event.pace, paced_s=draft.now_s)
+    worker = draft.live.workers.get(event.session_id)
+    if worker is None:
+        return
+    now_s = draft.now_s
+    if event.pace.generation and event.pace.generation == worker.generation:
+        readiness.put_worker(draft, changed(worker, heard_s=now_s, pace=event.pace, paced_s=now_s))
+    else:
+        readiness.put_worker(draft, changed(worker, heard_s=now_s))
 
 
 def _heard(draft: Draft, session_id: str) -> WorkerSession | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 from uuid import uuid4
 
@@ -57,7 +58,7 @@ class GrpcServer:
             else:
                 port = self._server.add_secure_port(address(host, port), self._certificates.grpc_credentials())
         except RuntimeError as error:
-            raise OSError(f"cannot serve gRPC on {address(host, port)}: {error}") from error
+            raise OSError(f"cannot serve gRPC on {address(host, port)}: {_reason(host, port, error)}") from error
         await self._server.start()
         for service in ("", *_SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
@@ -73,6 +74,15 @@ class GrpcServer:
 def address(host: str, port: int) -> str:
     """host:port, with brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _reason(host: str, port: int, error: RuntimeError) -> str:
+    """Why the port cannot be used: gRPC does not say it."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as reason:
+        return f"{reason.strerror}; end what uses it or give another --grpc-port"
+    return str(error)
 
 
 def _options(message_size_bytes: int) -> list[tuple[str, Any]]:

@@ -78,13 +78,16 @@ class Conversation:
         self._limits = limits
         self._peer = peer
         self._outbox = Outbox(limits.outbox_length)
+        self._writing: asyncio.Future[None] | None = None
         self._rate = MessageRate(limits, limits.stream_messages_burst, time.monotonic())
 
     async def serve(self, requests: AsyncIterator[Any], context: Context) -> None:
         try:
             await self._serve(requests, context)
         except ANSWERED as error:
+            await self._written()
             await abort(context, error)
+        await self._written()
 
     async def _serve(self, requests: AsyncIterator[Any], context: Context) -> None:
         peer, sessions = self._peer, self._runner.sessions
@@ -148,10 +151,18 @@ class Conversation:
         async for action in self._outbox.actions():
             # It may have waited while this process was stopped, and another leads by now.
             self._runner.refuse_unless_leading()
-            await context.write(self._peer.message(action))
+            self._writing = asyncio.ensure_future(context.write(self._peer.message(action)))
+            self._writing.add_done_callback(_looked_at)
+            # A call whose write is cancelled half-way never gets a status, and its peer waits for ever.
+            await asyncio.shield(self._writing)
+
+    async def _written(self) -> None:
+        """Wait for a write under way, if the peer reads at all: the status comes after it."""
+        if self._writing is not None and not self._writing.done():
+            await asyncio.wait([self._writing], timeout=self._limits.last_write_s)
 
 
-def _looked_at(task: asyncio.Task[None]) -> None:
+def _looked_at(task: asyncio.Future[None]) -> None:
     """When both fail, the first failure counts; asyncio would complain about the other."""
     if not task.cancelled():
         task.exception()

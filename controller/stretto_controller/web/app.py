@@ -9,8 +9,9 @@ from typing import Annotated
 
 from fastapi import Depends, FastAPI, Header, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client.exposition import choose_encoder
+from pydantic import JsonValue
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
 
@@ -34,7 +35,10 @@ _ERRORS: dict[int | str, dict[str, object]] = {
     status: {"model": schema.ProblemOut, "content": {PROBLEM: {}}}
     for status in (400, 401, 403, 404, 409, 413, 429, 503)
 }
-JobName = Annotated[str, Path(alias="job", description="the job's name, a DNS label")]
+# Said in the description, checked by `checks.job_name`, whose errors say what to do.
+_DNS_LABEL: dict[str, JsonValue] = {"pattern": f"^{checks.LABEL}$", "maxLength": 63}
+_SEQUENCE: dict[str, JsonValue] = {"pattern": "^[0-9]{0,18}$"}
+JobName = Annotated[str, Path(alias="job", description="the job's name, a DNS label", json_schema_extra=_DNS_LABEL)]
 
 
 def build_app(runner: Runner, limits: ServiceLimits, tokens: Tokens | None = None) -> FastAPI:
@@ -130,7 +134,9 @@ def _add_health(app: FastAPI, runner: Runner) -> None:
 
 
 def _add_metrics(app: FastAPI, runner: Runner, finished_series_s: float) -> None:
-    @app.get("/metrics")
+    formats = {"text/plain": {}, "application/openmetrics-text": {}}
+
+    @app.get("/metrics", response_class=PlainTextResponse, responses={200: {"content": formats}})
     async def scrape(accept: Annotated[str, Header()] = "") -> Response:
         """For Prometheus: its text format, or OpenMetrics when asked for."""
         _, content_type = choose_encoder(accept)
@@ -197,11 +203,13 @@ def _add_jobs(app: FastAPI, runner: Runner) -> None:
 
 
 def _add_events(app: FastAPI, watchers: Watchers) -> None:
-    @app.get("/api/v1/jobs/{job}/events", response_model=schema.EventsOut)
+    stream: dict[str, object] = {"text/event-stream": {}}
+
+    @app.get("/api/v1/jobs/{job}/events", response_model=schema.EventsOut, responses={200: {"content": stream}})
     async def show_events(
         name: JobName,
         accept: Annotated[str, Header()] = "",
-        last_event_id: Annotated[str, Header(description="send only later events")] = "",
+        last_event_id: Annotated[str, Header(description="send only later events", json_schema_extra=_SEQUENCE)] = "",
     ) -> Response:
         """Server-sent events, from the oldest kept or after Last-Event-ID; a plain list for application/json."""
         after = _sequence(last_event_id)

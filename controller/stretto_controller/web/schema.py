@@ -6,9 +6,19 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    model_validator,
+)
+from pydantic.json_schema import SkipJsonSchema
 
 from stretto_controller.core.events import JobCreated
 from stretto_controller.core.goodput.autoscale import AutoscaleChange
@@ -162,24 +172,35 @@ class EventsOut(BaseModel):
     events: list[EventOut]
 
 
+def _whole(value: object) -> object:
+    """To JSON, 4.0 is a whole number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+NodeCount = Annotated[StrictInt, Field(ge=1, le=2**31 - 1), BeforeValidator(_whole)]
+
+
 class JobPatch(BaseModel):
     """What is wanted of the job: exactly one of the four."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"minProperties": 1, "maxProperties": 1})
 
-    nodes: StrictInt | None = Field(default=None, ge=1, le=2**31 - 1)
-    paused: StrictBool | None = None
-    checkpoint: Literal[True] | None = Field(default=None, description="write one at the next step boundary")
-    autoscale: AutoscalePatch | None = None
+    nodes: NodeCount | SkipJsonSchema[None] = None
+    paused: StrictBool | SkipJsonSchema[None] = None
+    checkpoint: Literal[True] | SkipJsonSchema[None] = Field(
+        default=None, description="write one at the next step boundary"
+    )
+    autoscale: AutoscalePatch | SkipJsonSchema[None] = None
 
-    @model_validator(mode="after")
-    def _exactly_one(self) -> JobPatch:
-        if [self.nodes, self.paused, self.checkpoint, self.autoscale].count(None) != 3:
+    @model_validator(mode="before")
+    @classmethod
+    def _exactly_one(cls, given: object) -> object:
+        if isinstance(given, dict) and (len(given) != 1 or None in given.values()):
             raise ValueError(
                 'give exactly one of {"nodes": n}, {"paused": true or false}, {"checkpoint": true} and '
                 '{"autoscale": {"mode": ...}}'
             )
-        return self
+        return given
 
 
 class JobCreate(BaseModel):

@@ -7,9 +7,9 @@ import re
 
 from stretto_controller.core.errors import Rejected
 
-_LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
-_JOB = re.compile(_LABEL)
-_NODE = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
+LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
+_JOB = re.compile(LABEL)
+_NODE = re.compile(rf"{LABEL}(?:\.{LABEL})*")
 _ADDRESS = re.compile(r"[A-Za-z0-9._:%-]+")
 _NAME_LENGTH = 253
 _SHOWN = 80

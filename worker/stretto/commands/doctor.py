@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import ssl
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from itertools import chain
 from typing import Annotated
 
@@ -29,6 +30,8 @@ _TORCH_S = 60.0
 _CLOCK_LIMIT_S = 2.0
 _HTTP_PORT = 8080
 _CERTIFICATE_DAYS = 14
+# OpenSSL's verification errors.
+_NOT_YET_VALID, _EXPIRED = 9, 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +89,37 @@ def examine(text: str, environ: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def _versions() -> Iterator[Finding]:
-    found = [f"Python {sys.version.split()[0]}"]
-    for package in ("stretto", "torch", "grpcio", "protobuf"):
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            found.append(f"{package} is not installed")
-    yield Finding(True, ", ".join(found))
+    packages = [f"{name} {_version(name) or 'is not installed'}" for name in ("stretto", "torch", "grpcio", "protobuf")]
+    yield Finding(True, ", ".join([f"Python {sys.version.split()[0]}", *packages]))
+    for package in ("torch", "grpcio", "protobuf"):
+        least = _least(package)
+        if least and (have := _version(package)) and _numbers(have) < _numbers(least):
+            yield Finding(
+                False,
+                f"{package} {have} is older than {least}, the oldest that works",
+                f"pip install '{package}>={least}'",
+            )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _least(package: str) -> str:
+    """The oldest version that this release says it works with; empty if it says none."""
+    try:
+        wanted = requires("stretto") or []
+    except PackageNotFoundError:
+        return ""
+    found = (re.match(rf"{package}(?:\[.*\])?\s*[^;]*?>=([0-9.]+)", line) for line in wanted)
+    return next((match[1] for match in found if match), "")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text.partition("+")[0])[:3])
 
 
 # In a process of its own: torch takes seconds to import, and may not be importable at all.
@@ -158,15 +185,39 @@ def _tls(connection: socket.socket, host: str, endpoint: str, credentials: Crede
     if not credentials.ca:
         if _speaks_tls(connection):
             return Finding(False, f"{endpoint} speaks TLS", f"set {CA_VARIABLE} to its authority's PEM file")
+        if _speaks_http(host, int(endpoint.rpartition(":")[2])):
+            return Finding(
+                False,
+                f"{endpoint} is an HTTP server, of a controller's page perhaps, and no gRPC port",
+                f"give the controller's gRPC port, by default {DEFAULT_PORT}",
+            )
         return Finding(True, f"{endpoint} speaks plain text, as is expected without {CA_VARIABLE}")
-    context = ssl.create_default_context(cafile=None if credentials.ca == SYSTEM_CA else credentials.ca)
+    try:
+        context = ssl.create_default_context(cafile=None if credentials.ca == SYSTEM_CA else credentials.ca)
+        if credentials.cert:
+            context.load_cert_chain(credentials.cert, credentials.key)
+    except (OSError, ssl.SSLError) as error:
+        return Finding(
+            False, f"the files that the STRETTO_TLS_ variables name cannot be used: {error}", "give PEM files that fit"
+        )
     context.set_alpn_protocols(["h2"])
-    if credentials.cert:
-        context.load_cert_chain(credentials.cert, credentials.key)
     try:
         with context.wrap_socket(connection, server_hostname=host) as secured:
             certificate = secured.getpeercert() or {}
+            if not _goes_on(secured):
+                return Finding(
+                    False,
+                    f"{endpoint} lets only clients with a certificate in, and "
+                    + ("refuses this one's" if credentials.cert else "this one has none"),
+                    "set STRETTO_TLS_CERT and STRETTO_TLS_KEY to a certificate of the authority that it trusts",
+                )
     except ssl.SSLCertVerificationError as error:
+        if error.verify_code in (_EXPIRED, _NOT_YET_VALID):
+            return Finding(
+                False,
+                f"{endpoint} has a certificate that is out of its time by this machine's clock: {error.verify_message}",
+                "renew it there, or mend this machine's clock",
+            )
         names = f"the certificate is not for {host}" in error.verify_message or error.verify_code in (62, 64)
         if names:
             return Finding(
@@ -201,6 +252,25 @@ def _speaks_tls(connection: socket.socket) -> bool:
     except ssl.SSLError as error:
         # It asked for a certificate of ours: TLS all the same.
         return "CERTIFICATE" in str(error).upper()
+    except OSError:
+        return False
+
+
+def _goes_on(secured: ssl.SSLSocket) -> bool:
+    """Whether the server speaks after the handshake, as gRPC does; one that misses a certificate hangs up instead."""
+    try:
+        return bool(secured.recv(1))
+    except (ssl.SSLError, ConnectionError):
+        return False
+
+
+def _speaks_http(host: str, port: int) -> bool:
+    """Whether HTTP/1 is answered there; gRPC does not know it."""
+    try:
+        with socket.create_connection((host, port), _TIMEOUT_S) as connection:
+            connection.settimeout(_TIMEOUT_S)
+            connection.sendall(f"GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+            return connection.recv(5) == b"HTTP/"
     except OSError:
         return False
 
