@@ -19,11 +19,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import rendezvous_scaling
-from load.fleet import Counts, Fleet
+from load.fleet import Counts, Fleet, Worker
 from load.server import Server
 
 SLOTS = 4
@@ -139,18 +140,21 @@ async def _deaths(fleet: Fleet, server: Server, count: int, figures: Load) -> No
         await asyncio.sleep(FAILURE_S)
         peers[0].ask(failed=True, unreachable=ranks)
         told = peers[1:]
-        await until(
-            lambda told=told: all(p.cut_at_s for p in told), fleet.counts, DEATH_LIMIT_S, f"{job}: all peers are told"
-        )
+        await until(partial(_all_cut, told), fleet.counts, DEATH_LIMIT_S, f"{job}: all peers are told")
         judged_s = await asyncio.to_thread(server.judged_s, job, victim.name)
         last_s = max(peer.cut_at_s for peer in told)
         figures.told_s = max(figures.told_s, last_s - judged_s)
         figures.death_s = max(figures.death_s, last_s - died_s)
         figures.deaths += 1
-        everyone = tuple(peers)
-        await until(
-            lambda w=everyone: all(p.generation for p in w), fleet.counts, DEATH_LIMIT_S, f"{job}: a new generation"
-        )
+        await until(partial(_all_seated, peers), fleet.counts, DEATH_LIMIT_S, f"{job}: a new generation")
+
+
+def _all_cut(workers: list[Worker]) -> bool:
+    return all(worker.cut_at_s for worker in workers)
+
+
+def _all_seated(workers: list[Worker]) -> bool:
+    return all(worker.generation for worker in workers)
 
 
 async def _storm(fleet: Fleet, server: Server, figures: Load) -> None:

@@ -65,7 +65,7 @@ class Tracing:
 
         moments = (change.started_s, change.prepared_s, change.left_s, change.assigned_s, change.first_step_s)
         known = [moment for moment in moments if moment is not None]
-        attributes = {
+        attributes: dict[str, str | int | bool] = {
             "stretto.job": change.job,
             "stretto.generation": change.generation,
             "stretto.cause": str(change.cause or ""),
