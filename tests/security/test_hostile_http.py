@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import schemathesis
@@ -26,18 +27,18 @@ def _examine(under_fire: UnderFire, examples: int) -> None:
     schema = schemathesis.openapi.from_url(
         f"{under_fire.controller.http}/openapi.json", headers=under_fire.header("admin")
     ).exclude(path=_ENDLESS)
-    cases = st.one_of(schema.as_strategy(mode) for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE))
+    cases = st.one_of([schema.as_strategy(mode) for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)])
 
     @seed(1)
     @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(case=cases, existing=st.booleans())
-    def examine(case: Case, existing: bool) -> None:
+    def examine(case: Case[Any], existing: bool) -> None:
         if existing and "job" in (case.path_parameters or {}):
             case.path_parameters["job"] = HOSTILE
         headers = {**under_fire.header("admin"), "accept": "application/json"}
         response = case.call(headers=headers)
         # Of a body the description says less than there is to say: that min_nodes is not above max_nodes, for example.
-        excluded = [positive_data_acceptance] if case.method in ("POST", "PATCH") else []
+        excluded: list[Any] = [positive_data_acceptance] if case.method in ("POST", "PATCH") else []
         case.validate_response(response, headers=headers, excluded_checks=excluded)
 
     examine()
