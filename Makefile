@@ -34,7 +34,7 @@ demo: $(STAMP) ## train a small CNN on MNIST while nodes come, die and drain (un
 	.venv/bin/stretto demo $(DEMO_ARGS)
 
 test: $(STAMP) $(TOOLS) ## every test but the long ones
-	$(PY) -m pytest -m 'not soak' $(PYTEST_ARGS)
+	$(PY) -m pytest -m 'not soak' -n 2 --dist loadfile $(PYTEST_ARGS)
 
 MARK ?= gpu
 gpu: $(STAMP) ## the tests that need a GPU, and a torch for CUDA (MARK=gpus: three GPUs); nothing else runs them

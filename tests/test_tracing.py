@@ -84,8 +84,7 @@ class _Collector(trace_service_pb2_grpc.TraceServiceServicer):
 def _collecting() -> Iterator[tuple[_Collector, str]]:
     collector = _Collector()
     server = grpc.server(futures.ThreadPoolExecutor(2))
-    add: Any = trace_service_pb2_grpc.add_TraceServiceServicer_to_server
-    add(collector, server)
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)  # type: ignore[no-untyped-call]
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:

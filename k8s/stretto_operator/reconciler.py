@@ -164,6 +164,9 @@ class Reconciler:
         for action in todo:
             if objection and isinstance(action, Create):
                 continue
+            if objection and isinstance(action, WriteStatus):
+                # The Secret was refused: it must not be on record as made.
+                action = WriteStatus({**action.status, "credentials": job.record.manifest.get("credentials", "")})
             objection = await self._act(job, manifest, action, memory) or objection
         for request in want.requests:
             await self._controller.ask(request)

@@ -334,6 +334,12 @@ async def test_what_others_made_is_never_deleted(site: Site) -> None:
     assert "digits-9" in site.pods()
     assert site.server.all("Secret")["digits-stretto"]["data"] == {}
     assert "does not belong to this job" in site.condition("Degraded")["message"]
+    assert "digits-0" not in site.pods()
+    site.start_operator()
+    site.server.remove("Secret", "digits-stretto")
+    await site.settle()
+    assert site.server.all("Secret")["digits-stretto"]["data"]
+    assert "digits-0" in site.pods()
 
 
 async def test_a_refused_pod_is_told_in_the_api_servers_words(site: Site) -> None:

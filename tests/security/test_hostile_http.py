@@ -38,7 +38,7 @@ def _examine(under_fire: UnderFire, examples: int) -> None:
         headers = {**under_fire.header("admin"), "accept": "application/json"}
         response = case.call(headers=headers)
         # Of a body the description says less than there is to say: that min_nodes is not above max_nodes, for example.
-        excluded: Any = [positive_data_acceptance] if case.method in ("POST", "PATCH") else []
+        excluded: list[Any] = [positive_data_acceptance] if case.method in ("POST", "PATCH") else []
         case.validate_response(response, headers=headers, excluded_checks=excluded)
 
     examine()

@@ -134,7 +134,7 @@ def _add_health(app: FastAPI, runner: Runner) -> None:
 
 
 def _add_metrics(app: FastAPI, runner: Runner, finished_series_s: float) -> None:
-    formats: dict[str, object] = {"text/plain": {}, "application/openmetrics-text": {}}
+    formats: dict[str, dict[str, str]] = {"text/plain": {}, "application/openmetrics-text": {}}
 
     @app.get("/metrics", response_class=PlainTextResponse, responses={200: {"content": formats}})
     async def scrape(accept: Annotated[str, Header()] = "") -> Response:

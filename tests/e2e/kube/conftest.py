@@ -68,6 +68,8 @@ def site(tmp_path: Path, kubeconfig: Path, proxy: Proxy, definition: None) -> It
         for operator in made.operators:
             if operator.alive():
                 operator.kill()
+        # Before the kubelet ends, or whoever owns its pods makes them again.
+        kubectl("delete", "namespace", namespace, "--wait=false", "--ignore-not-found")
 
 
 def _service_account_comes(kubectl: Kubectl) -> bool:
