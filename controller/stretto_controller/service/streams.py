@@ -149,12 +149,15 @@ class Conversation:
 
     async def _write(self, context: Context) -> None:
         async for action in self._outbox.actions():
-            # It may have waited while this process was stopped, and another leads by now.
-            self._runner.refuse_unless_leading()
-            self._writing = asyncio.ensure_future(context.write(self._peer.message(action)))
+            self._writing = asyncio.ensure_future(self._say(action, context))
             self._writing.add_done_callback(_looked_at)
             # A call whose write is cancelled half-way never gets a status, and its peer waits for ever.
             await asyncio.shield(self._writing)
+
+    async def _say(self, action: StreamAction, context: Context) -> None:
+        # It may have waited while this process was stopped, and another leads by now: nothing lies between the two.
+        self._runner.refuse_unless_leading()
+        await context.write(self._peer.message(action))
 
     async def _written(self) -> None:
         """Wait for a write under way, if the peer reads at all: the status comes after it."""
