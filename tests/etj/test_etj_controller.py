@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from etj.site import manifest
+from etj.etj_site import manifest
 from harness.controller import ControllerProcess
 from stretto.client import JobsClient
 from stretto_operator.controller import PolledController

@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from etj.etj_site import Crash, Site
 from etj.memory_server import Call
-from etj.site import Crash, Site
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stretto_operator import names

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from etj.etj_site import Site
 from etj.memory_server import Call
-from etj.site import Site
 from stretto_operator import names
 from stretto_operator.requests import Create, Delete, Pause, Resume, Scale
 from stretto_operator.server import ApiError

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import yaml
+from etj.etj_site import Site
 from etj.memory_server import Call
-from etj.site import Site
 from stretto_operator import names
 from stretto_operator.election import Election, LeaseSettings
 from stretto_operator.server import BUDGET, JOB, POD

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+from etj.etj_site import manifest
 from etj.memory_server import Call, MemoryServer
-from etj.site import manifest
 from stretto_operator import names
 from stretto_operator.cache import Cache
 from stretto_operator.election import LeaseSettings

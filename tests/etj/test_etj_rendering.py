@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from etj.site import manifest
+from etj.etj_site import manifest
 from hypothesis import given
 from hypothesis import strategies as st
 from stretto.cli import build_app

@@ -13,7 +13,7 @@ import argparse
 import sys
 
 from simulation.mutations import MUTATIONS, broken
-from simulation.statistics import told
+from simulation.schedule_statistics import told
 from simulation.world import run, trace
 
 SEEDS_LIMIT = 100_000

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from simulation.controller import JOB
 from simulation.links import AGENT_BACKOFF_S, Stream
+from simulation.simulated_controller import JOB
 from simulation.worker import Worker
 from stretto_proto.v1 import rendezvous_pb2 as pb
 from stretto_proto.v1 import types_pb2

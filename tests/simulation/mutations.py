@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 from simulation import training
 from simulation.agent import Agent
-from simulation.controller import Controller
+from simulation.simulated_controller import Controller
 from simulation.storage import Storage
 from simulation.worker import Worker
 from stretto.live.state import LiveState, Version

@@ -7,9 +7,9 @@ from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from simulation import training
-from simulation.controller import JOB
 from simulation.groups import Membership
 from simulation.links import WORKER_BACKOFF_S, Stream
+from simulation.simulated_controller import JOB
 from stretto.live.state import LiveIdentity, LiveState, OnSigterm
 from stretto.progress_report import StepFigures
 from stretto_proto.v1 import training_pb2 as pb

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from simulation.agent import Agent
-from simulation.controller import Controller
 from simulation.faults import Faults
 from simulation.groups import Formation
 from simulation.histories import fresh
@@ -16,6 +15,7 @@ from simulation.ledger import Broken
 from simulation.network import Network
 from simulation.scheduler import Scheduler
 from simulation.setup import Setup
+from simulation.simulated_controller import Controller
 from simulation.storage import Storage
 from simulation.worker import Worker
 
