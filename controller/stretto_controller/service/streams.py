@@ -78,7 +78,8 @@ class Conversation:
         self._limits = limits
         self._peer = peer
         self._outbox = Outbox(limits.outbox_length)
-        self._writing: asyncio.Future[None] | None = None
+        self._writer: asyncio.Task[None] | None = None
+        self._mid_write = self._ending = False
         self._rate = MessageRate(limits, limits.stream_messages_burst, time.monotonic())
 
     async def serve(self, requests: AsyncIterator[Any], context: Context) -> None:
@@ -128,14 +129,19 @@ class Conversation:
 
     async def _exchange(self, requests: AsyncIterator[Any], context: Context) -> None:
         """Read and write at the same time, until either ends."""
-        tasks = [asyncio.create_task(self._read(requests)), asyncio.create_task(self._write(context))]
+        reader = asyncio.create_task(self._read(requests))
+        writer = self._writer = asyncio.create_task(self._write(context))
+        tasks = (reader, writer)
         for task in tasks:
             task.add_done_callback(_looked_at)
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in tasks:
-                task.cancel()
+            reader.cancel()
+            self._ending = True
+            # A call whose write is cancelled half-way never gets a status, and its peer waits for ever.
+            if not self._mid_write:
+                writer.cancel()
         for task in tasks:
             if task in done:
                 task.result()
@@ -149,23 +155,22 @@ class Conversation:
 
     async def _write(self, context: Context) -> None:
         async for action in self._outbox.actions():
-            self._writing = asyncio.ensure_future(self._say(action, context))
-            self._writing.add_done_callback(_looked_at)
-            # A call whose write is cancelled half-way never gets a status, and its peer waits for ever.
-            await asyncio.shield(self._writing)
-
-    async def _say(self, action: StreamAction, context: Context) -> None:
-        # It may have waited while this process was stopped, and another leads by now: nothing lies between the two.
-        self._runner.refuse_unless_leading()
-        await context.write(self._peer.message(action))
+            # It may have waited while this process was stopped, and another leads by now.
+            self._runner.refuse_unless_leading()
+            self._mid_write = True
+            await context.write(self._peer.message(action))
+            self._mid_write = False
+            if self._ending:
+                return
 
     async def _written(self) -> None:
         """Wait for a write under way, if the peer reads at all: the status comes after it."""
-        if self._writing is not None and not self._writing.done():
-            await asyncio.wait([self._writing], timeout=self._limits.last_write_s)
+        if self._writer is not None and not self._writer.done():
+            await asyncio.wait([self._writer], timeout=self._limits.last_write_s)
+            self._writer.cancel()
 
 
-def _looked_at(task: asyncio.Future[None]) -> None:
+def _looked_at(task: asyncio.Task[None]) -> None:
     """When both fail, the first failure counts; asyncio would complain about the other."""
     if not task.cancelled():
         task.exception()
