@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,7 +51,7 @@ class Counts:
         return "; ".join([what, *self.fatal[:2], *self.evicted[:2]])
 
 
-class Stream:
+class Stream(ABC):
     """One stream that comes back by itself, with the library's pauses."""
 
     method = ""
@@ -66,14 +67,14 @@ class Stream:
         self._opened_s = 0.0
         self._slot = fleet.take_slot()
 
-    def hello(self) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def hello(self) -> bytes: ...
 
-    def beat(self) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def beat(self) -> bytes: ...
 
-    def receive(self, data: bytes) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def receive(self, data: bytes) -> None: ...
 
     def start(self) -> None:
         self.fleet.spawn(self._connect())

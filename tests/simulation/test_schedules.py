@@ -6,49 +6,21 @@ tests/. `--schedules N` lives through more of them.
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
-import time
-from concurrent.futures import ProcessPoolExecutor
-
 import pytest
+from simulation.budget import hold_every, hold_one
 from simulation.mutations import MUTATIONS, broken
-from simulation.world import Failure, run, trace
+from simulation.world import run, trace
 
 _BLOCK = 250
-_PROCESSES = 2
-
-
-def _live_through(first: int) -> tuple[list[Failure], float]:
-    """A block of schedules: those that failed, and the seconds of CPU it took. Each is small: collecting garbage once a
-    block is faster, and enough.
-    """
-    began_s = time.process_time()
-    gc.disable()
-    failures = [failure for seed in range(first, first + _BLOCK) if (failure := run(seed)) is not None]
-    gc.enable()
-    gc.collect()
-    return failures, time.process_time() - began_s
 
 
 @pytest.mark.timeout(1800)
 def test_invariants_hold_in_every_schedule(pytestconfig: pytest.Config) -> None:
     seed = pytestconfig.getoption("--seed", None)
     if seed is not None:
-        lines, failure = trace(seed)
-        print("\n".join(lines))
-        assert failure is None, f"seed {seed}: {failure.message}"
-        return
-    firsts = range(0, pytestconfig.getoption("--schedules", 10_000), _BLOCK)
-    with ProcessPoolExecutor(_PROCESSES, multiprocessing.get_context("spawn")) as pool:
-        blocks = list(pool.map(_live_through, firsts))
-    failures = [failure for block, _ in blocks for failure in block]
-    cost_s = sum(block_s for _, block_s in blocks)
-    print(
-        f"{len(firsts) * _BLOCK} schedules, {cost_s:.0f} s of CPU: {1000 * cost_s / len(firsts) / _BLOCK:.1f} ms each"
-    )
-    told = "\n".join(f"seed {failure.seed}: {failure.message}" for failure in failures[:20])
-    assert not failures, f"{len(failures)} of {len(firsts) * _BLOCK} schedules broke an invariant:\n{told}"
+        hold_one(trace, seed)
+    else:
+        hold_every(run, pytestconfig.getoption("--schedules", 9000), _BLOCK)
 
 
 @pytest.mark.parametrize("name", sorted(MUTATIONS))

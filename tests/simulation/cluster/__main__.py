@@ -8,40 +8,13 @@ seed that shows it. `--statistics 1000` lives through that many and says what th
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections import Counter
 
 from simulation.cluster.mutations import MUTATIONS
 from simulation.cluster.world import World, run, trace
-from simulation.mutations import broken
-
-SEEDS_LIMIT = 100_000
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m simulation.cluster", description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, help="which schedule; without it, the first that fails")
-    parser.add_argument("--from", type=int, default=0, dest="first", help="the first seed, where several are tried")
-    parser.add_argument("--statistics", type=int, metavar="N", help="say what N schedules contain")
-    parser.add_argument("--mutation", choices=sorted(MUTATIONS), help="break the system in this way first")
-    arguments = parser.parse_args()
-    first = arguments.first
-    if arguments.statistics:
-        print("\n".join(told(range(first, first + arguments.statistics))))
-        return 0
-    with broken(MUTATIONS[arguments.mutation] if arguments.mutation else None):
-        seed = arguments.seed
-        if seed is None:
-            seed = next((seed for seed in range(first, first + SEEDS_LIMIT) if run(seed) is not None), None)
-        if seed is None:
-            print(f"none of {SEEDS_LIMIT} schedules fails")
-            return 0
-        lines, failure = trace(seed)
-    print("\n".join(lines))
-    print(f"seed {seed}: {failure.message if failure else 'every invariant holds'}")
-    return 1 if failure else 0
+from simulation.replay import Simulation, replay
 
 
 def told(seeds: range) -> list[str]:
@@ -76,4 +49,5 @@ def told(seeds: range) -> list[str]:
     ]
 
 
-sys.exit(main())
+assert __doc__ is not None
+sys.exit(replay(Simulation("python -m simulation.cluster", __doc__.splitlines()[0], MUTATIONS, run, trace, told)))

@@ -6,46 +6,22 @@
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
-import time
-from concurrent.futures import ProcessPoolExecutor
-
 import pytest
+from simulation.budget import hold_every, hold_one
 from simulation.cluster.mutations import MUTATIONS
-from simulation.cluster.world import Failure, run, trace
+from simulation.cluster.world import run, trace
 from simulation.mutations import broken
 
 _BLOCK = 50
-_PROCESSES = 2
-
-
-def _live_through(first: int) -> tuple[list[Failure], float]:
-    """A block of schedules: those that failed, and the seconds of CPU it took."""
-    began_s = time.process_time()
-    gc.disable()
-    failures = [failure for seed in range(first, first + _BLOCK) if (failure := run(seed)) is not None]
-    gc.enable()
-    gc.collect()
-    return failures, time.process_time() - began_s
 
 
 @pytest.mark.timeout(1800)
 def test_several_controllers_keep_their_word_in_every_schedule(pytestconfig: pytest.Config) -> None:
     seed = pytestconfig.getoption("--seed", None)
     if seed is not None:
-        lines, failure = trace(seed)
-        print("\n".join(lines))
-        assert failure is None, f"seed {seed}: {failure.message}"
-        return
-    firsts = range(0, pytestconfig.getoption("--cluster-schedules", 1000), _BLOCK)
-    with ProcessPoolExecutor(_PROCESSES, multiprocessing.get_context("spawn")) as pool:
-        blocks = list(pool.map(_live_through, firsts))
-    failures = [failure for block, _ in blocks for failure in block]
-    count, cost_s = len(firsts) * _BLOCK, sum(block_s for _, block_s in blocks)
-    print(f"{count} schedules, {cost_s:.0f} s of CPU: {1000 * cost_s / count:.1f} ms each")
-    told = "\n".join(f"seed {failure.seed}: {failure.message}" for failure in failures[:20])
-    assert not failures, f"{len(failures)} of {count} schedules broke an invariant:\n{told}"
+        hold_one(trace, seed)
+    else:
+        hold_every(run, pytestconfig.getoption("--cluster-schedules", 1000), _BLOCK)
 
 
 @pytest.mark.parametrize("name", sorted(MUTATIONS))
