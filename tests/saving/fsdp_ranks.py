@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+
+Work = Callable[..., dict[str, Any]]
 
 BATCH = 24  # samples per step over all ranks; each of 1..4, 6 and 8 ranks has an equal part
 
@@ -52,7 +55,7 @@ def step(state: dict[str, Any], number: int, rank: int, world_size: int) -> floa
     return float(total) / world_size
 
 
-def work(mode: str, rank: int, world_size: int, folder: Path, steps: tuple[int, int], save: bool) -> dict[str, Any]:
+def work(rank: int, world_size: int, mode: str, folder: Path, steps: tuple[int, int], save: bool) -> dict[str, Any]:
     state = make_state(mode, world_size)
     checkpointer = Checkpointer(folder, settings=CheckpointSettings(part_bytes=150))
     info = checkpointer.load_latest(state) if folder.exists() else None
@@ -61,38 +64,42 @@ def work(mode: str, rank: int, world_size: int, folder: Path, steps: tuple[int, 
     return {"resumed": info.step if info else 0, "losses": losses, "path": path}
 
 
-def _main(mode: str, rank: int, world_size: int, port: int, folder: Path, steps: tuple[int, int], save: bool) -> None:
+def _main(work: Work, rank: int, world_size: int, port: int, output: Path, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    output = folder.with_name(f"{folder.name}-rank-{rank}.json")
     try:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-        output.write_text(json.dumps(work(mode, rank, world_size, folder, steps, save)))
+        output.write_text(json.dumps(work(rank, world_size, *arguments)))
         dist.destroy_process_group()
     except Exception:  # noqa: BLE001  (the parent process shows it)
         output.write_text(json.dumps({"error": traceback.format_exc()}))
         os._exit(1)
 
 
-def on_processes(mode: str, world_size: int, folder: Path, steps: tuple[int, int], *, save: bool) -> dict[str, Any]:
-    """What rank 0 found: the step that it went on from, and the losses of the steps that follow."""
+def launch(work: Work, world_size: int, folder: Path, *arguments: Any) -> list[dict[str, Any]]:
+    """What work(rank, world_size, *arguments) says on each of so many ranks; outputs are left beside the folder."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["saving.fsdp_ranks"])
+    outputs = [folder.with_name(f"{folder.name}-rank-{rank}.json") for rank in range(world_size)]
     processes = [
-        context.Process(target=_main, args=(mode, rank, world_size, port, folder, steps, save), daemon=True)
+        context.Process(target=_main, args=(work, rank, world_size, port, outputs[rank], arguments), daemon=True)
         for rank in range(world_size)
     ]
     for process in processes:
         process.start()
     for process in processes:
         process.join(100)
-    results = [
-        json.loads(folder.with_name(f"{folder.name}-rank-{rank}.json").read_text()) for rank in range(world_size)
-    ]
+    results = [json.loads(output.read_text()) for output in outputs]
     errors = [result["error"] for result in results if "error" in result]
     assert not errors, errors[0]
+    return results
+
+
+def on_processes(mode: str, world_size: int, folder: Path, steps: tuple[int, int], *, save: bool) -> dict[str, Any]:
+    """What rank 0 found: the step that it went on from, and the losses of the steps that follow."""
+    results = launch(work, world_size, folder, mode, folder, steps, save)
     assert all(result["losses"] == results[0]["losses"] for result in results)
     found: dict[str, Any] = random.choice(results)
     return found

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from saving.ranks import on_ranks
+from saving.stores import Meddling, with_store
 from saving.training import WAYS, damage, train, training_state
 from stretto.checkpoint import Checkpointer, CheckpointFailed, CheckpointSettings
 from xxhash import xxh3_64_hexdigest
@@ -161,3 +162,29 @@ def test_another_format_is_refused_by_its_number(tmp_path: Path) -> None:
     whole["xxh3"] = xxh3_64_hexdigest(json.dumps(whole, sort_keys=True).encode())
     (path / "manifest.json").write_text(json.dumps(whole))
     assert "format version 3; this release reads 2" in Checkpointer(tmp_path).verify(path).reason
+
+
+def test_what_the_disk_made_of_it_is_read_before_an_older_one_goes(tmp_path: Path) -> None:
+    """A disk that says that it has written what it has not: the checkpoint before stays, the save fails."""
+    first = Checkpointer(tmp_path, keep=1).save({"x": torch.ones(50)}, step=1)
+    store = Meddling(tmp_path, ".safetensors", lambda: damage(_shares(tmp_path)[-1], "flip a bit"), after=True)
+    checkpointer = with_store(store, keep=1)
+    checkpointer.load_latest({"x": None})
+    with pytest.raises(CheckpointFailed, match=r"no checkpoint of step 2: .*does not match its checksum"):
+        checkpointer.save({"x": torch.zeros(50)}, step=2)
+    info = Checkpointer(tmp_path).load_latest({"x": None})
+    assert info is not None
+    assert (info.path, info.passed_over) == (first, ())
+
+
+def test_where_nothing_is_to_go_nothing_is_read_again(tmp_path: Path) -> None:
+    store = Meddling(tmp_path, ".safetensors", lambda: damage(_shares(tmp_path)[-1], "flip a bit"), after=True)
+    first = Checkpointer(tmp_path).save({"x": torch.ones(50)}, step=1)
+    with_store(store).save({"x": torch.zeros(50)}, step=2)
+    info = Checkpointer(tmp_path).load_latest({"x": None})
+    assert info is not None
+    assert (info.path, len(info.passed_over)) == (first, 1)
+
+
+def _shares(folder: Path) -> list[Path]:
+    return sorted(folder.glob("generation-*/*.safetensors"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +15,6 @@ from stretto.checkpoint.name import CheckpointName
 from stretto.checkpoint.store import Store
 
 _log = logging.getLogger(__name__)
-
-BLOCK_BYTES = 2 << 20  # read, and checksummed while a cache still has it
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ class Catalogue:
         file, entry = item
         digest, size_bytes = xxh3_64(), 0
         try:
-            for block in self._blocks(f"{name}/{file}"):
+            for block in self._store.blocks(f"{name}/{file}"):
                 digest.update(block)
                 size_bytes += len(block)
         except FileNotFoundError as error:
@@ -89,12 +86,6 @@ class Catalogue:
         except OSError as error:
             raise Damaged(f"{file} cannot be read: {reason_of(error, self._store.url)}") from error
         check(file, entry, FileEntry(size_bytes, digest.hexdigest()))
-
-    def _blocks(self, path: str) -> Iterator[memoryview]:
-        buffer = memoryview(bytearray(BLOCK_BYTES))
-        with self._store.open(path) as file:
-            while count := file.readinto(buffer):  # type: ignore[attr-defined]  # every binary file has it
-                yield buffer[:count]
 
 
 def check(file: str, written: FileEntry, found: FileEntry) -> None:

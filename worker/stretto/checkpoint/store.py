@@ -11,11 +11,11 @@ from typing import Any, BinaryIO
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from stretto.checkpoint.direct import DirectFile, append, is_cached
+from stretto.checkpoint.direct import append, blocks
 
 _PARTIAL = ".partial"
 _UPLOAD_BYTES = 8 << 20  # of one part of an upload
-_LARGE_BYTES = 1 << 20
+_BLOCK_BYTES = 4 << 20  # read at once from what is no local file
 # Object stores have no folders; to make one there would be to make a bucket, perhaps of a name with a typing error.
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci"})
 
@@ -127,15 +127,26 @@ class Store:
 
     @contextlib.contextmanager
     def open(self, path: str) -> Iterator[BinaryIO]:
-        """A file to read from; a large local one past the page cache, unless it is there already."""
+        """A file to read from."""
         if self.local:
             with open(self.at(path), "rb", buffering=0) as local:
-                large = os.fstat(local.fileno()).st_size >= _LARGE_BYTES
-                yield DirectFile(local) if large and not is_cached(local.fileno()) else local
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(local.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                yield local
             return
         self._fs.invalidate_cache()
         with _said_as_oserror(), self._fs.open(self.at(path), "rb") as file:
             yield file
+
+    def blocks(self, path: str) -> Iterator[memoryview]:
+        """A file's bytes as the disk has them; a block counts until the next is asked for."""
+        with self.open(path) as file:
+            if self.local:
+                yield from blocks(file.fileno())
+                return
+            buffer = memoryview(bytearray(_BLOCK_BYTES))
+            while count := file.readinto(buffer):  # type: ignore[attr-defined]  # every binary file has it
+                yield buffer[:count]
 
     def remove(self, path: str) -> None:
         """Delete a file, if it is there."""
