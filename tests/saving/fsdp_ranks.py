@@ -14,19 +14,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from stretto import AdaScale
 from stretto.checkpoint import Checkpointer, CheckpointSettings
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from trainer_run import OPTIMIZERS
 
 Work = Callable[..., dict[str, Any]]
 
 BATCH = 24  # samples per step over all ranks; each of 1..4, 6 and 8 ranks has an equal part
 
 
-def make_state(mode: str, world_size: int) -> dict[str, Any]:
-    """mode: plain, ddp, fsdp, or hsdp (two replicas of shards)."""
+def make_state(mode: str, world_size: int, optimizer: str = "adamw") -> dict[str, Any]:
+    """mode: plain, ddp, fsdp, or hsdp (two replicas of shards). Under AdaScale, at S = 1, with a schedule."""
     torch.manual_seed(3)
     model: nn.Module = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1)).double()
     if mode == "ddp":
@@ -36,7 +38,10 @@ def make_state(mode: str, world_size: int) -> dict[str, Any]:
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
         fully_shard(model[0], mesh=mesh)  # type: ignore[index]  # a Sequential
         fully_shard(model, mesh=mesh)
-    return {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), lr=0.02)}
+    inner = OPTIMIZERS[optimizer](list(model.parameters()), 0.02)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(inner, 0.99)
+    ada = AdaScale(inner, model, base_batch_size=BATCH, batch_size=BATCH // world_size, scheduler=scheduler)
+    return {"model": model, "optimizer": ada}
 
 
 def step(state: dict[str, Any], number: int, rank: int, world_size: int) -> float:
@@ -55,8 +60,10 @@ def step(state: dict[str, Any], number: int, rank: int, world_size: int) -> floa
     return float(total) / world_size
 
 
-def work(rank: int, world_size: int, mode: str, folder: Path, steps: tuple[int, int], save: bool) -> dict[str, Any]:
-    state = make_state(mode, world_size)
+def work(
+    rank: int, world_size: int, mode: str, folder: Path, steps: tuple[int, int], save: bool, optimizer: str
+) -> dict[str, Any]:
+    state = make_state(mode, world_size, optimizer)
     checkpointer = Checkpointer(folder, settings=CheckpointSettings(part_bytes=150))
     info = checkpointer.load_latest(state) if folder.exists() else None
     losses = [step(state, number, rank, world_size) for number in range(*steps)]
@@ -97,9 +104,11 @@ def launch(work: Work, world_size: int, folder: Path, *arguments: Any) -> list[d
     return results
 
 
-def on_processes(mode: str, world_size: int, folder: Path, steps: tuple[int, int], *, save: bool) -> dict[str, Any]:
+def on_processes(
+    mode: str, world_size: int, folder: Path, steps: tuple[int, int], *, save: bool, optimizer: str = "adamw"
+) -> dict[str, Any]:
     """What rank 0 found: the step that it went on from, and the losses of the steps that follow."""
-    results = launch(work, world_size, folder, mode, folder, steps, save)
+    results = launch(work, world_size, folder, mode, folder, steps, save, optimizer)
     assert all(result["losses"] == results[0]["losses"] for result in results)
     found: dict[str, Any] = random.choice(results)
     return found

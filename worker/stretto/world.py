@@ -106,9 +106,9 @@ class World:
         if self.world_size > 1:
             saved = {name: value.state_dict() for name, value in state.items()} if step else None
             there = self._wire()
-            step, failure, saved = broadcast([step, error and f"{type(error).__name__}: {error}", saved], there)
-            if failure is not None and error is None:
-                error = Fatal(f"rank 0 could not restore the newest checkpoint: {failure}")
+            step, why, saved = broadcast([step, error and f"{type(error).__name__}: {error}", saved], there)
+            if why is not None and error is None:
+                error = Fatal(f"rank 0 could not restore the newest checkpoint: {why}")
             if saved is not None and self.rank > 0:
                 for name, value in state.items():
                     value.load_state_dict(saved[name])
