@@ -188,3 +188,86 @@ def test_where_nothing_is_to_go_nothing_is_read_again(tmp_path: Path) -> None:
 
 def _shares(folder: Path) -> list[Path]:
     return sorted(folder.glob("generation-*/*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda body: body.update(world_size=0),
+        lambda body: body.update(world_size="two"),
+        lambda body: body.update(world_size=10**12),
+        lambda body: body.update(tau="high"),
+        lambda body: body.update(job=None),
+        lambda body: body.update(step=-1),
+        lambda body: body.update(files={"../../etc/passwd": {"size_bytes": 1, "xxh3": ""}}),
+        lambda body: body.update(files=[]),
+        lambda body: body.update(more=1),
+    ],
+)
+def test_a_crafted_manifest_is_refused(change: Any, tmp_path: Path) -> None:
+    good = Checkpointer(tmp_path).save({"x": torch.ones(5)}, step=1)
+    path = Path(Checkpointer(tmp_path).save({"x": torch.ones(5)}, step=2))
+    body = json.loads((path / "manifest.json").read_bytes())
+    del body["xxh3"]
+    change(body)
+    body["xxh3"] = xxh3_64_hexdigest(json.dumps(body, sort_keys=True).encode())
+    (path / "manifest.json").write_text(json.dumps(body))
+    info = Checkpointer(tmp_path).load_latest({"x": None})
+    assert info is not None
+    assert (info.path, len(info.passed_over)) == (good, 1)
+    assert "manifest.json" in info.passed_over[0].reason
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "rank-00000.json"])
+@pytest.mark.parametrize("text", [b"[" * 200_000, b"null", b"3", b"{}", b"\xff\xfe"])
+def test_json_of_another_kind_is_refused(file: str, text: bytes, tmp_path: Path) -> None:
+    path = Path(Checkpointer(tmp_path).save({"x": 1}, step=1))
+    if file == "manifest.json":
+        (path / file).write_bytes(text)
+    else:
+        whole = json.loads((path / "manifest.json").read_bytes())
+        whole["files"][file] = {"size_bytes": len(text), "xxh3": xxh3_64_hexdigest(text)}
+        del whole["xxh3"]
+        whole["xxh3"] = xxh3_64_hexdigest(json.dumps(whole, sort_keys=True).encode())
+        (path / "manifest.json").write_text(json.dumps(whole))
+        (path / file).write_bytes(text)
+    with pytest.raises(CheckpointFailed, match=f"is whole.*{file} cannot be read"):
+        Checkpointer(tmp_path).load_latest({"x": None})
+
+
+def test_parts_that_overlap_are_refused(tmp_path: Path) -> None:
+    """Their sizes make up the tensor, but some of it would be whatever was in memory."""
+    settings = CheckpointSettings(part_bytes=20)
+    path = Path(Checkpointer(tmp_path, settings=settings).save({"x": torch.arange(10.0)}, step=1))
+    _rewritten(path, lambda body: body["chunks"][1].update(offsets=body["chunks"][0]["offsets"]))
+    with pytest.raises(CheckpointFailed, match="parts of x overlap"):
+        Checkpointer(tmp_path).load_latest({"x": None})
+
+
+def test_what_is_no_folder_is_passed_over(tmp_path: Path) -> None:
+    good = Checkpointer(tmp_path).save({"x": 1}, step=1)
+    newer = Path(good.replace("step-000000000001", "step-000000000002"))
+    newer.write_bytes(b"not a folder")
+    checkpointer = Checkpointer(tmp_path)
+    info = checkpointer.load_latest({"x": None})
+    assert info is not None
+    assert info.path == good
+    assert "manifest.json is missing" in info.passed_over[0].reason
+    checkpointer.save({"x": 2}, step=3)
+
+
+def test_another_optimizers_groups_are_listed_before_anything_is_loaded(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    weights = model.weight.detach().clone()
+    Checkpointer(tmp_path).save(
+        {"model": torch.nn.Linear(2, 2), "optimizer": torch.optim.SGD(model.parameters())}, step=1
+    )
+    fewer = torch.optim.SGD([model.weight])
+    more = torch.optim.SGD([{"params": [model.weight]}, {"params": [model.bias]}])
+    for optimizer, line in [
+        (fewer, r"optimizer.param_groups\[0\]: 1 parameters here, 2 in the checkpoint"),
+        (more, "optimizer.param_groups: 2 here, 1 in the checkpoint"),
+    ]:
+        with pytest.raises(ValueError, match=line):
+            Checkpointer(tmp_path).load_latest({"model": model, "optimizer": optimizer})
+    assert torch.equal(model.weight, weights)

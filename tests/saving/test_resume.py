@@ -20,7 +20,7 @@ def test_the_next_50_losses_at_another_world_size_are_those_of_an_undisturbed_ru
     """Saved by 2, gone on with by 3, and then by one. At S = 1, where AdaScale's gain is 1 at any number of workers."""
     plan = Plan(
         target_tau=200.0,
-        global_batch_size=10,
+        global_batch_size=10,  # every batch is whole: the last of an epoch would have another S
         batch_size=4,
         base_batch_size=10,
         rule=rule,

@@ -41,11 +41,18 @@ class Catalogue:
         return sorted((name for name in names if name), reverse=True)
 
     def committed(self, name: CheckpointName) -> bool:
-        return MANIFEST in self._store.names(str(name))
+        """There is a manifest, or nobody can tell."""
+        try:
+            return MANIFEST in self._store.names(str(name))
+        except OSError:
+            return True
 
     def manifest(self, name: CheckpointName) -> Manifest:
         """The manifest, the files' sizes compared with it. Raises Damaged."""
-        sizes = self._store.names(str(name))
+        try:
+            sizes = self._store.names(str(name))
+        except OSError as error:
+            raise Damaged(f"{name} cannot be read: {reason_of(error, self._store.url)}") from error
         if MANIFEST not in sizes:
             raise Damaged(f"{MANIFEST} is missing: the save did not end")
         try:

@@ -16,7 +16,7 @@ from stretto.checkpoint.index import Index, TensorForm, check_coverage, index_na
 from stretto.checkpoint.manifest import FileEntry, Manifest
 from stretto.checkpoint.name import CheckpointName
 from stretto.checkpoint.shard_reader import ShardReader, TensorLoader
-from stretto.checkpoint.snapshot import differences, is_per_rank, references, unwrapped
+from stretto.checkpoint.snapshot import differences, group_differences, is_per_rank, references, unwrapped
 from stretto.checkpoint.store import Store
 from stretto.plain_tree import decode
 
@@ -43,7 +43,7 @@ class Contents:
         for each in (self.tree, *(index.own for index in self.indices)):
             try:
                 decode(each, self.forms)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise Damaged(f"the state cannot be decoded: {type(error).__name__}: {error}") from error
 
     def saved_names(self) -> list[str]:
@@ -67,6 +67,12 @@ class Contents:
             for name, value in state.items()
             if isinstance(unwrapped(value), torch.nn.Module)
             for line in differences(unwrapped(value), self.tree_of(name, 0), self.forms)
+        ]
+        lines += [
+            f"{name}.{line}"
+            for name, value in state.items()
+            if isinstance(getattr(value, "param_groups", None), list) and not is_per_rank(value)
+            for line in group_differences(value, self.tree_of(name, 0), self.forms)
         ]
         if lines:
             shown = "\n  ".join([*lines[:_SHOWN], *([f"... and {len(lines) - _SHOWN} more"] if lines[_SHOWN:] else [])])

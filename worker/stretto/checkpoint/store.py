@@ -59,6 +59,10 @@ class Store:
                     return dict(_sizes(entries))
             except FileNotFoundError:
                 return {}
+            except NotADirectoryError:
+                if folder:  # a file of that name is no folder
+                    return {}
+                raise
         self._fs.invalidate_cache()
         try:
             with _said_as_oserror():
@@ -71,13 +75,17 @@ class Store:
 
     def make(self, folder: str) -> None:
         """Have the folder exist, durably where that means something."""
-        if not self._objects:
-            self._fs.makedirs(self.at(folder) if folder else self._root, exist_ok=True)
-        if self.local:
-            if not self._made:
-                _sync(Path(self._root).parent)
-                self._made = True
-            _sync(Path(self._root))
+        if not self.local:
+            if not self._objects:
+                self._fs.makedirs(self.at(folder) if folder else self._root, exist_ok=True)
+            return
+        root = Path(self._root)
+        new = [] if self._made else [root, *(place for place in root.parents if not place.exists())]
+        self._fs.makedirs(self.at(folder) if folder else self._root, exist_ok=True)
+        for place in reversed(new):
+            _sync(place.parent)
+        self._made = True
+        _sync(root)
 
     def write(self, path: str, chunks: Iterable[Bytes], *, direct: bool = False) -> None:
         """Write a file; it is there, whole, when this returns.
