@@ -263,7 +263,8 @@ def test_another_optimizers_groups_are_listed_before_anything_is_loaded(tmp_path
         {"model": torch.nn.Linear(2, 2), "optimizer": torch.optim.SGD(model.parameters())}, step=1
     )
     fewer = torch.optim.SGD([model.weight])
-    more = torch.optim.SGD([{"params": [model.weight]}, {"params": [model.bias]}])
+    more = torch.optim.SGD([{"params": [model.weight]}])
+    more.add_param_group({"params": [model.bias]})
     for optimizer, line in [
         (fewer, r"optimizer.param_groups\[0\]: 1 parameters here, 2 in the checkpoint"),
         (more, "optimizer.param_groups: 2 here, 1 in the checkpoint"),
