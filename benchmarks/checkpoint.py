@@ -100,6 +100,7 @@ class Bench:
             self._whole, self._whole_other = make_state(parameters), make_state(parameters)
         settings = CheckpointSettings(write_threads=options.threads, write_share=options.share)
         self._checkpointer = Checkpointer(folder / "ours", settings=settings)
+        self._checkpointer.prepare(self._state)
         self._step = 0
         self._small = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256))
         self._batch = torch.randn(64, 256)

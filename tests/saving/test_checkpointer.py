@@ -253,6 +253,16 @@ def test_another_jobs_folder_is_refused(tmp_path: Path) -> None:
     assert names(tmp_path) == before
 
 
+def test_a_damaged_claim_is_no_invitation(tmp_path: Path) -> None:
+    Checkpointer(tmp_path, job="digits").save({"x": 1}, step=1)
+    for spoiled in (b'{"job": "digits', b"\xff", b"[]"):
+        (tmp_path / "job.json").write_bytes(spoiled)
+        with pytest.raises(Conflict, match="job digits"):
+            Checkpointer(tmp_path, job="letters").save({"x": 2}, step=2)
+    Checkpointer(tmp_path, job="digits").save({"x": 2}, step=2)
+    assert b"digits" in (tmp_path / "job.json").read_bytes()
+
+
 def test_two_runs_in_one_folder_notice_each_other(tmp_path: Path) -> None:
     ours, theirs = Checkpointer(tmp_path), Checkpointer(tmp_path)
     ours.save({"x": 1}, step=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -188,14 +189,24 @@ class Committer:
         body = json.dumps({"job": job}).encode()
         if self._store.create(_JOB, body):
             return
-        owner = _owner(self._store.read(_JOB))
-        if owner is None:  # a crash in the middle of the first claim
+        data = self._store.read(_JOB)
+        said = _owner(data)
+        owner = said or (self._saved_by() if data else None) or job  # none: a crash in the middle of the first claim
+        if owner == job and said is None:
             self._store.write(_JOB, [body])
         elif owner != job:
             raise Conflict(
                 f"{self._store.url} holds the checkpoints of job {owner}, and this is job {job}: nothing was changed; "
                 "give each job a folder of its own"
             )
+
+    def _saved_by(self) -> str | None:
+        """Whose the newest checkpoint is that says so: the claim is damaged."""
+        for name in self._catalogue.newest_first():
+            with contextlib.suppress(Damaged):
+                if job := self._catalogue.manifest(name).job:
+                    return job
+        return None
 
     def _tidy_up(self, saved: CheckpointName) -> None:
         """Delete what is superfluous; what cannot be deleted is no reason to fail."""

@@ -14,7 +14,7 @@ class CheckpointSettings:
     # In the background, beside training. More are faster, and take more of its cores.
     write_threads: int = 1
     # Of one core's time, that each of these takes until somebody waits for the save.
-    write_share: float = 0.3
+    write_share: float = 0.15
     # ... and while training waits.
     urgent_threads: int = 2
     # That read and check files. A disk wants several reads at once.
