@@ -331,16 +331,7 @@ class Checkpointer:
         return self._staging.copy(plan, planner, index)
 
     def _writer(self, name: CheckpointName, rank: int, pace: Pace, *, read_back: bool) -> ShardWriter:
-        settings = self.settings
-        return ShardWriter(
-            self._store,
-            str(name),
-            rank,
-            part_bytes=settings.part_bytes,
-            threads=settings.write_threads if pace.leisurely else settings.urgent_threads,
-            pace=pace,
-            read_back=read_back,
-        )
+        return ShardWriter(self._store, str(name), rank, settings=self.settings, pace=pace, read_back=read_back)
 
     def _plan(self, snapshot: Snapshot, writer: ShardWriter, peers: Peers) -> tuple[SavePlan, SharePlanner]:
         """What this rank writes, laid out as files."""

@@ -18,6 +18,7 @@ from stretto.checkpoint.index import Index, index_name
 from stretto.checkpoint.manifest import FileEntry
 from stretto.checkpoint.pace import Pace
 from stretto.checkpoint.parts import Part, lay_out, size_of
+from stretto.checkpoint.settings import CheckpointSettings
 from stretto.checkpoint.staging import Staged
 from stretto.checkpoint.store import Store
 
@@ -40,16 +41,15 @@ class ShardWriter(StorageWriter):
         folder: str,
         rank: int,
         *,
-        part_bytes: int,
-        threads: int,
+        settings: CheckpointSettings,
         pace: Pace,
         read_back: bool,
     ) -> None:
         self._store = store
         self._folder = folder
         self._rank = rank
-        self._part_bytes = part_bytes
-        self._threads = threads
+        self._part_bytes = settings.part_bytes
+        self._threads = settings.write_threads if pace.leisurely else settings.urgent_threads
         self._pace = pace
         self._read_back = read_back
 
