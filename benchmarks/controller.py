@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import sys
 import tempfile
 import time
@@ -223,7 +224,11 @@ def rendezvous(both: list[int], ours: list[int]) -> list[rendezvous_scaling.Outc
             taken_s[backend] = outcome.all_s
             for error in outcome.errors[:1]:
                 print(f"      {backend}: {len(outcome.errors)} failed: {error}")
-        theirs = f"{taken_s['c10d']:8.2f}s {taken_s['c10d'] / taken_s['stretto']:6.1f}x" if "c10d" in taken_s else ""
+        theirs = ""
+        if "c10d" in taken_s:
+            theirs = f"{taken_s['c10d']:8.2f}s {taken_s['c10d'] / taken_s['stretto']:6.1f}x"
+        if taken_s.get("c10d") == math.inf:
+            theirs = "   fails"
         print(f"{nodes:5} {taken_s['stretto']:8.2f}s {theirs}", flush=True)
     return outcomes
 
