@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import json
 import math
+import signal
 import sys
 import tempfile
 import time
@@ -251,6 +252,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     args = parser.parse_args()
+    # Ended by SIGTERM, it ends its processes, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     nodes = args.nodes or (125 if args.short else 1250)
     jobs = min(JOBS, max(1, nodes // 4))
     results: dict[str, Any] = {}
