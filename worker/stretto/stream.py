@@ -35,8 +35,8 @@ class StreamSettings:
     max_backoff_s: float = 2.0
     # A connection without its first answer by then is given up: the peer may be frozen.
     answer_timeout_s: float = 5.0
-    # ... after twice as long for each such attempt in a row, up to this: a controller under thousands of streams that
-    # come back together is late for all of them, and would answer nobody in time.
+    # ... after twice as long for each such attempt in a row, up to this, where there is one endpoint only: a controller
+    # under thousands of streams that come back together is late for all of them, and would answer nobody in time.
     answer_limit_s: float = 20.0
     # More unsent messages than this, and the connection counts as broken; the next opening says it all again.
     queue_limit: int = 1024
@@ -294,6 +294,9 @@ class ReconnectingStream(Generic[RequestT, ResponseT]):
 
     def _patience_s(self) -> float:
         settings = self._settings
+        if len(self._endpoints) > 1:
+            # Another one may lead by then.
+            return settings.answer_timeout_s
         longest_s = max(settings.answer_timeout_s, settings.answer_limit_s)
         return min(longest_s, settings.answer_timeout_s * 2.0 ** min(self._unanswered, 30))
 
