@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from stretto.adasum.memory import Memory
@@ -18,6 +19,9 @@ from stretto.adasum.segments import Indices, Part, Segments, shard_bounds
 from stretto.adasum.statistics import Statistics
 from stretto.adasum.transport import Transport
 from stretto.adasum.tree import Floats, Leaves, rank_weights
+
+# Of layers in float64; others are rounded to more than this at the end.
+_ALLOWED_ERROR = {torch.float64: 1e-12}
 
 
 def reduce_by_gram(
@@ -32,7 +36,7 @@ def reduce_by_gram(
     rows, part, mine = received.view(count, stop - start), segments.part(start, stop), flat[start:stop]
     kernel = memory.kernel(count, flat.device)
     grams = _summed(kernel.dots(rows, part), part, len(segments), transport)
-    weights, result, marked = rank_weights(grams, leaves)
+    weights, result, marked = rank_weights(grams, leaves, _ALLOWED_ERROR.get(flat.dtype, 1e-6))
     kernel.weighted_sum(rows, part, weights[part.layers], mine)
     if marked.any():
         result[marked] = refine(rows, part, np.flatnonzero(marked), leaves, transport, mine)
