@@ -176,7 +176,7 @@ class Reducer:
         part = segments.part(0, segments.total)
         squares = np.zeros(len(segments))
         if segments.total:
-            squares[part.layers] = self._memory.kernel(1, flat.device).dots([flat], part)[:, 0, 0]
+            squares[part.layers] = self._memory.kernel(1, flat.device).dots([flat], part)[0]
         return Statistics(squares, squares, float(squares.sum()))
 
 

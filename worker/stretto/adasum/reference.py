@@ -61,7 +61,8 @@ def combine(tensors_by_rank: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 class _Node:
     """A float64 vector, and how many gradients it is made of.
 
-    `parts_length`: their lengths added up, in units of 2^64, so that the largest ones have a sum; None for one gradient.
+    `parts_length`: their lengths added up, in units of 2^64, so that the largest ones have a sum too; None for one
+    gradient.
     """
 
     value: Tensor

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stretto.adasum.kernels import Rows
 from stretto.adasum.segments import Indices, Part
-from stretto.adasum.transport import Transport
+from stretto.adasum.transport import Sums
 from stretto.adasum.tree import (
     ROUNDING,
     SMALLEST_SQR_NORM,
@@ -27,7 +27,7 @@ from stretto.adasum.tree import (
 )
 
 
-def refine(rows: Rows, part: Part, layers: Indices, leaves: Leaves, transport: Transport, out: Tensor) -> Floats:
+def refine(rows: Rows, part: Part, layers: Indices, leaves: Leaves, sums: Sums, out: Tensor) -> Floats:
     """Overwrite these layers' elements in `out`, this rank's shard; returns |adasum|^2 of each layer.
 
     Every rank calls this with the same layers, whether or not its shard has elements of them.
@@ -35,8 +35,8 @@ def refine(rows: Rows, part: Part, layers: Indices, leaves: Leaves, transport: T
     where = {int(layer): index for index, layer in enumerate(part.layers)}
     places = [_place(part, where.get(int(layer))) for layer in layers]
     wide = [np.stack([row[place].double().cpu().numpy() for row in rows]) for place in places]
-    powers = _powers(wide, transport)
-    first = leaf_weights(leaves, transport.world_size)
+    powers = _powers(wide, sums)
+    first = leaf_weights(leaves, sums.world_size)
     with np.errstate(all="ignore"):
         nodes = [first @ np.ldexp(each, -power) for each, power in zip(wide, powers, strict=True)]
     counts = leaf_counts(leaves)
@@ -47,7 +47,7 @@ def refine(rows: Rows, part: Part, layers: Indices, leaves: Leaves, transport: T
         for level in levels(len(leaves)):
             pairs = tuple(members for members in level if len(members) == 2)
             dots = np.stack([_dots(each, pairs) for each in nodes])
-            transport.sum_(dots)
+            sums.sum_(dots)
             norms = np.sqrt(dots[:, :, 1:])  # [layers, pairs, 2]
             known = lengths[:, np.array(pairs)]
             longest = np.where(np.isnan(known), norms, known)
@@ -58,7 +58,7 @@ def refine(rows: Rows, part: Part, layers: Indices, leaves: Leaves, transport: T
             counts = merged_counts(counts, level)
         results = [np.ldexp(each[0], power) for each, power in zip(nodes, powers, strict=True)]
         squares = np.array([each @ each for each in results])
-    transport.sum_(squares)
+    sums.sum_(squares)
     for place, result in zip(places, results, strict=True):
         out[place] = out.new_tensor(result)
     return squares
@@ -69,10 +69,10 @@ def _place(part: Part, index: int | None) -> slice:
     return slice(0, 0) if index is None else slice(int(part.bounds[index]), int(part.bounds[index + 1]))
 
 
-def _powers(wide: list[Floats], transport: Transport) -> Indices:
+def _powers(wide: list[Floats], sums: Sums) -> Indices:
     """Per layer the power of two above its largest magnitude on any rank; 0 where that is no finite number."""
     largest = np.array([np.abs(each).max(initial=0.0) for each in wide])
-    transport.start_max(largest)()
+    sums.start_max(largest)()
     _, powers = np.frexp(largest)
     return np.where(np.isfinite(largest), powers, 0).astype(np.int64)
 

@@ -8,7 +8,7 @@ Otherwise the first ranks are paired, and each of the two stands for the pair in
 a problem of its own over a power of two of slots, and no rank sends more than 2N.
 
 From the second level on, what is combined was rounded to the gradients' dtype. Every level counts what that may have
-done; layers that cancelled so far that it shows are combined again from the gradients, by Gram matrices, and sent again.
+done. Layers that cancelled so far that it shows are combined again from the gradients, by Gram matrices.
 """
 
 from __future__ import annotations
@@ -214,13 +214,13 @@ class _Halving:
 
     def _add_dots(self, sums: Floats, rows: list[Tensor], start: int, stop: int) -> None:
         part = self._segments.part(start, stop)
-        dots = self._kernel.dots(rows, part)
-        sums[part.layers, _DOT] += dots[:, 0, 1]
-        sums[part.layers, _SQR_A] += dots[:, 0, 0]
-        sums[part.layers, _SQR_B] += dots[:, 1, 1]
+        sqr_a, dots, sqr_b = self._kernel.dots(rows, part)
+        sums[part.layers, _DOT] += dots
+        sums[part.layers, _SQR_A] += sqr_a
+        sums[part.layers, _SQR_B] += sqr_b
 
     def _weights(self, sums: Floats, leaves_a: float, leaves_b: float) -> Floats:
-        """[layers, 2]: the factors of a and b; notes what the result's squared norm and error are."""
+        """[2, layers]: the factors of a and b; notes what the result's squared norm and error are."""
         dots, sqr_a, sqr_b = sums[:, _DOT], sums[:, _SQR_A], sums[:, _SQR_B]
         of_a, of_b = coefficients(dots, sqr_a, sqr_b, leaves_a, leaves_b)
         with np.errstate(all="ignore"):
@@ -230,7 +230,7 @@ class _Halving:
             # A factor may be 0 where the vectors' own directions still count.
             carried = np.maximum(of_a**2, 0.25) * sums[:, _ERROR_A] + np.maximum(of_b**2, 0.25) * sums[:, _ERROR_B]
             self._error = self._after(carried, parts_sqr)
-        return np.stack([of_a, of_b], axis=1)
+        return np.stack([of_a, of_b])
 
     def _after(self, carried: Floats, parts_sqr: Floats) -> Floats:
         """The squared error of this level's result, rounded; infinite where what was carried there is too much of it.
@@ -251,7 +251,7 @@ class _Halving:
 
     def _combine(self, rows: list[Tensor], start: int, stop: int, weights: Floats, out: Tensor) -> Tensor:
         part = self._segments.part(start, stop)
-        self._kernel.weighted_sum(rows, part, weights[part.layers], out)
+        self._kernel.weighted_sum(rows, part, weights[:, part.layers], out)
         return out
 
     def _put_together(self) -> None:

@@ -19,19 +19,24 @@ _TAG = 0x5172
 _DIRECT_BYTES = 1 << 18
 
 
-class Transport(Protocol):
-    """Between the ranks of one group. Tensors are contiguous; all ranks call the same operations in the same order."""
+class Sums(Protocol):
+    """Small tables of numbers, over the ranks."""
 
-    rank: int
     world_size: int
-    # Whether ranks can send to each other one by one, as `PeerTransport` does.
-    peers: bool
 
     def sum_(self, numbers: Numbers) -> None:
         """Add up over the ranks, in place; every rank gets the same bits."""
 
     def start_max(self, numbers: Numbers) -> Callable[[], None]:
         """Begin to find the largest over the ranks; in place, once what is returned was called."""
+
+
+class Transport(Sums, Protocol):
+    """Between the ranks of one group. Tensors are contiguous; all ranks call the same operations in the same order."""
+
+    rank: int
+    # Whether ranks can send to each other one by one, as `PeerTransport` does.
+    peers: bool
 
     def scatter(self, received: Tensor, flat: Tensor, bounds: Sequence[int]) -> None:
         """Send range i of `flat` to rank i; the ranks' parts of this rank's range come to `received`, by rank."""
@@ -119,9 +124,7 @@ class TorchTransport:
     def _is_direct(self, tensor: Tensor) -> bool:
         return self._direct and tensor.device.type == "cpu"
 
-    def _begin(
-        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
-    ) -> Callable[[], None]:
+    def _begin(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Callable[[], None]:
         """Messages between CPUs over gloo; empty ones are left out on both sides."""
         works = [self._group.recv([tensor], rank, _TAG) for rank, tensor in receives if tensor.numel()]
         works += [self._group.send([tensor], rank, _TAG) for rank, tensor in sends if tensor.numel()]
