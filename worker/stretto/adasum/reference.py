@@ -93,9 +93,8 @@ def _pair(first: _Node, second: _Node) -> _Node:
     for node, sqr, power in ((first, dots[1], power_a), (second, dots[2], power_b)):
         lengths.append(_ldexp(math.sqrt(sqr), power - 64) if node.parts_length is None else node.parts_length)
         floors.append(max(SMALLEST_SQR_NORM, (ROUNDING * _ldexp(lengths[-1], 64 - power)) ** 2))
-    found = coefficients(
-        *(np.array([value]) for value in dots), first.leaves, second.leaves, smallest=(floors[0], floors[1])
-    )
+    dot, sqr_a, sqr_b = (np.array([value]) for value in dots)
+    found = coefficients(dot, sqr_a, sqr_b, float(first.leaves), float(second.leaves), smallest=(floors[0], floors[1]))
     of_a, of_b = (float(value[0]) for value in found)
     if power_a != power_b:
         of_a, of_b = 1.0 - _ldexp(1.0 - of_a, power_b - power_a), 1.0 - _ldexp(1.0 - of_b, power_a - power_b)

@@ -11,12 +11,13 @@ import numpy as np
 from torch import Tensor
 
 from stretto.adasum.kernels import Rows
-from stretto.adasum.segments import Indices, Part
+from stretto.adasum.segments import Part
 from stretto.adasum.transport import Sums
 from stretto.adasum.tree import (
     ROUNDING,
     SMALLEST_SQR_NORM,
     Floats,
+    Indices,
     Leaves,
     Level,
     coefficients,
@@ -80,12 +81,15 @@ def _powers(wide: list[Floats], sums: Sums) -> Indices:
 def _factors(dots: Floats, counts: Floats, pairs: Level, floors: Floats) -> Floats:
     """[layers, pairs, 2]"""
     first, second = np.array(pairs).T
-    return np.stack(
-        coefficients(
-            *np.moveaxis(dots, 2, 0), counts[first], counts[second], smallest=(floors[..., 0], floors[..., 1])
-        ),
-        axis=2,
+    both = coefficients(
+        dots[..., 0],
+        dots[..., 1],
+        dots[..., 2],
+        counts[first],
+        counts[second],
+        smallest=(floors[..., 0], floors[..., 1]),
     )
+    return np.stack(both, axis=2)
 
 
 def _combined(nodes: Floats, level: Level, factors: Floats) -> Floats:

@@ -110,7 +110,7 @@ def rank_weights(grams: Floats, leaves: Leaves, allowed_error: float = 1e-6) -> 
     counts = leaf_counts(leaves)
     with np.errstate(all="ignore"):
         lengths = np.sqrt(_diagonal(grams))
-        marked = ~np.isfinite(lengths).all(axis=0)
+        marked: Bools = np.asarray(~np.isfinite(lengths).all(axis=0))
         parts, inner = np.eye(len(grams))[:, :, None], grams
         if leaves != single_ranks(len(grams)):
             means = leaf_weights(leaves, len(grams))
@@ -123,7 +123,7 @@ def rank_weights(grams: Floats, leaves: Leaves, allowed_error: float = 1e-6) -> 
             counts = merged_counts(counts, level)
             parts = step.applied(parts)
             below, inner = inner, step.applied(step.applied(inner).swapaxes(0, 1))
-            marked |= errors.after(step, below, inner)
+            marked = np.asarray(marked | errors.after(step, below, inner))
     return parts[0], inner[0, 0], marked
 
 
