@@ -340,6 +340,7 @@ class ElasticTrainer:
         return StepFigures(
             step=report.step,
             tau=report.tau,
+            tau_before=outcome.tau_before,
             gain=report.gain,
             scale=report.scale,
             loss=report.loss,
@@ -389,8 +390,7 @@ class ElasticTrainer:
 
 
 def _with_save(wishes: list[float], due: bool) -> list[float]:
-    leave, save = wishes
-    return [leave, max(save, float(due))]
+    return [wishes[0], max(wishes[1], float(due))]
 
 
 def _chosen_device(name: str | None) -> torch.device:
