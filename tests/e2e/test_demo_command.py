@@ -138,5 +138,16 @@ def test_leaves_nothing_running_when_it_is_stopped(demo: RunningDemo, number: si
     demo.until(lambda: "running: started with 1 node" in demo.text)
     assert len(demo.leftovers()) >= 3, "controller, agent, reference"
     demo.process.send_signal(number)
-    assert demo.process.wait(30) == code, demo.text
+    assert demo.process.wait(60) == code, demo.text
     demo.assert_gone()
+    if number is not signal.SIGKILL:
+        assert list(demo._directory.glob("stretto-demo-*")) == [], "its files are removed"
+
+
+def test_leaves_nothing_behind_when_it_is_stopped_twice_while_it_prepares(demo: RunningDemo) -> None:
+    demo.until(lambda: bool(list(demo._directory.glob("stretto-demo-*/controller.log"))))
+    demo.process.send_signal(signal.SIGTERM)
+    demo.process.send_signal(signal.SIGINT)
+    assert demo.process.wait(60) in (130, 143), demo.text
+    demo.assert_gone()
+    assert list(demo._directory.glob("stretto-demo-*")) == [], "its files are removed"
