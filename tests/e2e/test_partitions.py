@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from harness.agents import Agents
 from harness.controller import ControllerProcess
+from harness.installed import lacking
 from harness.live_job import LiveJob
 from harness.network import Network
 
@@ -22,7 +23,7 @@ NODES = ("n0", "n1", "n2")
 def network() -> Iterator[Network]:
     objection = Network.objection()
     if objection is not None:
-        pytest.fail(f"{objection}; these tests make hosts of their own, as root on Linux with iproute2")
+        lacking(f"{objection}; these tests make hosts of their own, as root on Linux with iproute2")
     with Network(CONTROLLER, *NODES) as network:
         yield network
 
