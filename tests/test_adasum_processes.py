@@ -15,6 +15,9 @@ from stretto import adasum
 from torch.multiprocessing.spawn import spawn
 from toy_regression import backward, loss_of, make_model
 
+# Five ranks do all their work in a fixture, on however many cores.
+pytestmark = pytest.mark.timeout(400)
+
 
 @pytest.fixture(scope="module", params=[2, 3, 4, 5])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
