@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ def check_parameters(parameters: Iterable[Tensor], module: torch.nn.Module | Non
         )
 
 
-def whole(name: str, value: int, *, minimum: int = 1) -> int:
+def whole(name: str, value: Any, *, minimum: int = 1) -> int:
     """Return a whole number (NumPy's too) that is at least `minimum`, or say what was given."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise ValueError(f"{name} is {value!r}; allowed: whole numbers from {minimum}")

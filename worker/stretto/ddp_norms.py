@@ -3,7 +3,7 @@
 # Annotations stay objects here: DDP compares those of a communication hook with its own types.
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,27 +27,13 @@ class AllReduce(Protocol):
         """more: this rank has work of its own to do before it waits for the result."""
 
 
-class _Meeting(NamedTuple):
-    """An all-reduce under way."""
-
-    future: torch.futures.Future[Any]
-    vector: Tensor
-
-    def numbers(self) -> list[float]:
-        """The sums over the ranks; the host waits."""
-        self.future.wait()
-        sums: list[float] = self.vector.tolist()
-        return sums
-
-
 class RankContributions:
     """Statistics of a DDP model: one dot product per bucket before the all-reduce, one of a part of it afterwards.
 
-    Every rank holds the same mean, so each measures a part of its own, and the parts meet in one all-reduce per step.
-    That starts when the buckets have met, before DDP copies them back, unless the latest step had an agreement to carry
-    along: those numbers come later. `all_reduce` starts every collective of its own, so that whoever owns the group
-    can release a waiting thread; without it they go to torch, over the model's process group. Holds that group or
-    `all_reduce`, but not the model: an old DDP wrapper is freed when its owner drops it.
+    Every rank holds the same mean, so each measures a part of its own, and the parts meet in the step's all-reduce.
+    `all_reduce` starts every collective of its own, so that whoever owns the group can release a waiting thread;
+    without it they go to torch, over the model's process group. Holds that group or `all_reduce`, but not the model:
+    an old DDP wrapper is freed when its owner drops it.
     """
 
     def __init__(
@@ -70,9 +56,6 @@ class RankContributions:
         self._rank = model.process_group.rank()
         self._hooks = LeafHooks(on_begin=self._begin_micro_batch, on_gradient=self._gradient)
         self._counting: tuple[torch.futures.Future[Any], Tensor] | None = None  # the sum of the ranks' counts
-        # Known alike on all ranks: they bind together, attach equally many numbers, and make their steps together.
-        # Not with accelerators: numbers on their way to one would be waited for inside backward.
-        self._ahead_allowed = all_reduce is None and window.accumulation_steps == 1 and self._device.type == "cpu"
         self.discard()
         try:
             model.register_comm_hook(self, _on_bucket)
@@ -104,16 +87,10 @@ class RankContributions:
 
     def totals(self, agreement: Sequence[float]) -> StepTotals:
         """Return the sums over all ranks since the last step: one collective, one host read."""
-        ahead, self._ahead = self._ahead, None
-        sums, meeting = ahead or (self._local_sums(), None)
-        if meeting is None:
-            numbers = self._meet(sums.encode(agreement)).numbers()
-        else:
-            numbers = meeting.numbers()
-            if agreement:
-                numbers += self._meet(agreement).numbers()
-        self._ahead_allowed = self._ahead_allowed and not agreement
-        return StepTotals.decode(numbers, world_size=self._window.world_size, problem=sums.problem)
+        sums = self._local_sums()
+        vector = to_vector(sums.encode(agreement), self._device)
+        self._all_reduce(vector).wait()
+        return StepTotals.decode(vector.tolist(), world_size=self._window.world_size, problem=sums.problem)
 
     def on_bucket(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Take the norm of one bucket, weight it by this rank's share of the samples, and start its all-reduce."""
@@ -144,8 +121,7 @@ class RankContributions:
 
     def _end_backward(self) -> None:
         """Take the norms of the reduced buckets and hand them back to DDP, which would wait for them now as well."""
-        pending, self._pending = self._pending, []
-        for index, (future, answer, laid_out) in enumerate(pending):
+        for index, (future, answer, laid_out) in enumerate(self._pending):
             value = future.wait()
             result: Tensor = value[0] if isinstance(value, list | tuple) else value
             mean = None if self._mean_sqr_norm is None else self._mean_sqr_norm(index)
@@ -154,9 +130,7 @@ class RankContributions:
                 mean = self._measure.of_buffer(part, *laid_out) * share
             self._reduced.append(mean)
             answer.set_result(result)
-        if self._ahead_allowed:
-            sums = self._local_sums()
-            self._ahead = sums, self._meet(sums.encode(()))
+        self._pending.clear()
 
     def _local_sums(self) -> LocalSums:
         """Return this rank's statistics since the last step."""
@@ -178,10 +152,6 @@ class RankContributions:
             problem=window.problem or self._synchronisation_problem(),
         )
 
-    def _meet(self, values: Sequence[SqrNorm]) -> _Meeting:
-        vector = to_vector(values, self._device)
-        return _Meeting(self._all_reduce(vector), vector)
-
     def _part_of(self, buffer: Tensor) -> tuple[Tensor, int]:
         """What this rank measures of a reduced bucket, and how many such parts there are."""
         window = self._window
@@ -194,7 +164,6 @@ class RankContributions:
         self._local: list[SqrNorm] = []  # by bucket, as is the next
         self._reduced: list[SqrNorm] = []
         self._pending: list[tuple[torch.futures.Future[Any], torch.futures.Future[Tensor], LaidOut]] = []
-        self._ahead: tuple[LocalSums, _Meeting] | None = None
         self._carried: SqrNorm = 0.0
         self._backwards = 0  # those that DDP synchronised
         self._reduced_total: SqrNorm | None = None  # the ranks' counts added up, where no total was given
@@ -209,7 +178,7 @@ class RankContributions:
             # newest gradient. The ranks differ by that only, so the differences of the norms add up.
             self._carried = self._carried + sum_sqr_norms(self._local) - sum_sqr_norms(self._reduced)
             self._local, self._reduced = [], []
-        self._pending = []  # of a backward that broke off
+        self._pending.clear()  # of a backward that broke off
         self._backwards += 1
 
     def _begin_micro_batch(self, device: torch.device) -> None:

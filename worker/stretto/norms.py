@@ -36,7 +36,7 @@ def sqr_norm_then_scale_(flat: Tensor, weight: SqrNorm) -> SqrNorm:
         flat.mul_(weight)
         return norm
     total = 0.0
-    for chunk in (flat,) if flat.numel() <= _CHUNK else flat.split(_CHUNK):  # stays in the cache between the two
+    for chunk in (flat,) if flat.numel() <= _CHUNK else torch.split(flat, _CHUNK):  # stays in the cache between the two
         total += _cpu_sqr_norm(chunk)
         chunk.mul_(weight)
     return total
