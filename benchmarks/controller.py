@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
+import signal
 import sys
 import tempfile
 import time
@@ -223,7 +225,11 @@ def rendezvous(both: list[int], ours: list[int]) -> list[rendezvous_scaling.Outc
             taken_s[backend] = outcome.all_s
             for error in outcome.errors[:1]:
                 print(f"      {backend}: {len(outcome.errors)} failed: {error}")
-        theirs = f"{taken_s['c10d']:8.2f}s {taken_s['c10d'] / taken_s['stretto']:6.1f}x" if "c10d" in taken_s else ""
+        theirs = ""
+        if "c10d" in taken_s:
+            theirs = f"{taken_s['c10d']:8.2f}s {taken_s['c10d'] / taken_s['stretto']:6.1f}x"
+        if taken_s.get("c10d") == math.inf:
+            theirs = "   fails"
         print(f"{nodes:5} {taken_s['stretto']:8.2f}s {theirs}", flush=True)
     return outcomes
 
@@ -246,6 +252,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     args = parser.parse_args()
+    # Ended by SIGTERM, it ends its processes, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     nodes = args.nodes or (125 if args.short else 1250)
     jobs = min(JOBS, max(1, nodes // 4))
     results: dict[str, Any] = {}

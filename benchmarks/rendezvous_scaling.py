@@ -16,6 +16,7 @@ import logging
 import math
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -258,6 +259,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     args = parser.parse_args()
+    # Ended by SIGTERM, it ends its processes, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     outcomes = []
     print(f"{'backend':8} {'nodes':>5} {'first':>8} {'median':>8} {'all':>8} {'messages':>9} {'per node':>9} {'MB':>8}")
     for nodes in map(int, args.nodes.split(",")):

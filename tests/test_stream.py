@@ -170,6 +170,23 @@ def test_gives_up_a_connection_that_never_answers(server: Server) -> None:
     client.stream.close()
 
 
+def test_waits_longer_for_a_server_that_is_late_for_everybody(server: Server) -> None:
+    release = threading.Event()
+
+    def late(requests: Iterator[pb.TrainRequest], context: Any) -> Iterator[pb.TrainResponse]:
+        next(requests)
+        # Ten times as long as the first attempt waits.
+        release.wait(1.0)
+        yield pb.TrainResponse(welcome=pb.WorkerWelcome())
+
+    server.start(ScriptedTraining(late))
+    client = Client(server.endpoint, answer_timeout_s=0.1)
+    client.stream.start()
+    assert client.connected.get(timeout=WAIT_S)
+    release.set()
+    client.stream.close()
+
+
 def test_keeps_only_the_latest_of_a_kind_and_the_order_of_the_rest(server: Server) -> None:
     hold = threading.Event()
 

@@ -23,7 +23,7 @@ BEAT_S = 1.0
 _SLOTS = 200
 # The library's own: full jitter, the n-th pause within 0..min(longest, first * 2^n).
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
-_ANSWER_LIMIT_S = 5.0
+_ANSWER_TIMEOUT_S, _ANSWER_LIMIT_S = 5.0, 20.0
 # Of all beats, those that are a question which the controller answers on the stream.
 QUESTIONS = 0.01
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -63,7 +63,7 @@ class Stream(ABC):
         self.welcomed = False
         self.gone = False
         self._connection: Connection | None = None
-        self._attempts = 0
+        self._attempts = self._unanswered = 0
         self._opened_s = 0.0
         self._slot = fleet.take_slot()
 
@@ -97,14 +97,15 @@ class Stream(ABC):
         self.counts.sent += 1
         connection = self._connection = Connection(first, self._take, self._end)
         try:
-            async with asyncio.timeout(_ANSWER_LIMIT_S):
+            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
                 await asyncio.get_running_loop().create_connection(lambda: connection, *self.fleet.address)
         except (OSError, TimeoutError) as error:
             connection.abort()
             self._end(-1, type(error).__name__)
             return
-        await asyncio.sleep(_ANSWER_LIMIT_S)
+        await asyncio.sleep(min(_ANSWER_LIMIT_S, _ANSWER_TIMEOUT_S * 2.0 ** min(self._unanswered, 30)))
         if self._connection is connection and not self.welcomed and not self.gone:
+            self._unanswered += 1
             connection.abort()
             self._end(-1, "no answer in time")
 
@@ -113,7 +114,7 @@ class Stream(ABC):
             self.welcomed = True
             self.counts.open += 1
             self.counts.welcomes_s.append(time.monotonic() - self._opened_s)
-            self._attempts = 0
+            self._attempts = self._unanswered = 0
             self.fleet.slots[self._slot].add(self)
         if not self.gone:
             self.receive(data)

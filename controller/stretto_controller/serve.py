@@ -15,6 +15,7 @@ from pathlib import Path
 
 from stretto_controller.auth.certificates import Certificates
 from stretto_controller.auth.tokens import Tokens
+from stretto_controller.garbage import collect_on
 from stretto_controller.reviewer import Reviewer
 from stretto_controller.runner import Runner, Unavailable
 from stretto_controller.service.server import GrpcServer, address
@@ -40,11 +41,15 @@ async def serve(settings: Settings) -> int:
     Raises StoreError or OSError, with what to do, when it cannot start.
     """
     stopped = _on_signals()
-    term = Term(settings)
-    code = await term.serve(stopped)
-    while code is Outcome.AGAIN:
-        term = Term(term.settings, term.runner.store_errors, again=True)
+    collector = asyncio.create_task(collect_on())
+    try:
+        term = Term(settings)
         code = await term.serve(stopped)
+        while code is Outcome.AGAIN:
+            term = Term(term.settings, term.runner.store_errors, again=True)
+            code = await term.serve(stopped)
+    finally:
+        await _cancelled(collector)
     _log.info("stopped")
     return 0 if code is Outcome.STOPPED else 1
 

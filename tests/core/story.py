@@ -87,6 +87,10 @@ class Story:
                 self.lines.pop()
         self.now_s = end_s
 
+    def is_held_up(self, seconds: float) -> None:
+        """The controller itself does nothing for a while; what is said meanwhile waits to be read."""
+        self.now_s += seconds
+
     def _quietly(self, event: ev.Event) -> None:
         assert self.state is not None
         self.state = step(self.name, self.state, event, now_s=self.now_s, limits=self.limits).state

@@ -108,6 +108,30 @@ def live_who_does_not_answer_the_cut_is_lost() -> Story:
 
 
 @STORIES.tell
+def live_a_roll_call_that_the_controller_itself_held_up_ends_nobody() -> Story:
+    s = _three_at_step_10()
+    s.passes(1)
+    s.asks("n0/0", step=10, failed=True)
+    s.is_held_up(0.5)
+    s.asks("n1/0", step=10, failed=True)
+    s.asks("n2/0", step=10, failed=True)
+    return s
+
+
+@STORIES.tell
+def live_who_is_silent_for_long_after_a_roll_call_that_was_held_up_is_lost() -> Story:
+    s = _three_at_step_10()
+    s.passes(0.9)
+    s.hangs("n2/0")
+    s.passes(0.1)
+    s.asks("n0/0", step=10, failed=True)
+    s.is_held_up(0.5)
+    s.asks("n1/0", step=10, failed=True)
+    s.passes(4)
+    return s
+
+
+@STORIES.tell
 def live_a_stale_state_is_never_given_to_others() -> Story:
     s = _three_at_step_10()
     s.vanishes("n2", "n2/0")

@@ -203,8 +203,9 @@ def test_a_silent_stream_and_a_flood_are_ended(tmp_path: Path) -> None:
     with ControllerProcess(tmp_path, **limits) as controller:
         with RawNode(controller.grpc, "a", "n0") as node:
             code, message = ended(node.open())
-            assert code is grpc.StatusCode.INVALID_ARGUMENT
-            assert message == "no hello came within 0.3 s"
+            # One that may try again: the hello of an honest node may wait unread where the controller is late.
+            assert code is grpc.StatusCode.UNAVAILABLE
+            assert message == "no hello came within 0.3 s; connect again"
             node.connect()
             for _ in range(500):
                 node.say(heartbeat=rendezvous.NodeHeartbeat())

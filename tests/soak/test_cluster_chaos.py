@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def test_several_controllers_keep_their_word_through_random_faults(tmp_path: Pat
         mark_s = time.time()
         _await(
             lambda: _training(agents, since_s=mark_s) == set(NODES),
-            lambda: agents.story("not all nodes train after the faults"),
+            lambda: agents.story(f"not all nodes train after the faults\n{_views(controllers)}"),
         )
         host = [] if network is None else network.command(PEOPLE)
         read = subprocess.run(
@@ -143,6 +143,17 @@ def _await(condition: Callable[[], bool], story: Callable[[], str]) -> None:
     while not condition():
         assert time.monotonic() < limit_s, story()
         time.sleep(0.05)
+
+
+def _views(controllers: list[ControllerProcess]) -> str:
+    """What each controller knows of the job, for a failure."""
+    views = []
+    for controller in controllers:
+        for what in (("show", "job"), ("events", "job")):
+            with suppress(Exception):
+                found = controller.ask(*what)
+                views.append(f"{controller.grpc}: {json.dumps(found[-40:] if isinstance(found, list) else found)}")
+    return "\n".join(views)
 
 
 def _check_requests(journal: list[dict[str, Any]], found: dict[str, Any]) -> None:

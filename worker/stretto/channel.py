@@ -29,6 +29,9 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.http2.max_pings_without_data", 0),
+    # We open each connection anew ourselves. gRPC's own retries, which come with no policy too, lose a call for ever
+    # when a server that was frozen wakes and shuts down at once: not even a cancellation ends it.
+    ("grpc.enable_retries", 0),
 )
 # A backstop for a controller that vanished without a word.
 _PATIENT: tuple[tuple[str, int], ...] = (

@@ -35,6 +35,9 @@ class StreamSettings:
     max_backoff_s: float = 2.0
     # A connection without its first answer by then is given up: the peer may be frozen.
     answer_timeout_s: float = 5.0
+    # ... after twice as long for each such attempt in a row, up to this, where there is one endpoint only: a controller
+    # under thousands of streams that come back together is late for all of them, and would answer nobody in time.
+    answer_limit_s: float = 20.0
     # More unsent messages than this, and the connection counts as broken; the next opening says it all again.
     queue_limit: int = 1024
 
@@ -139,6 +142,8 @@ class ReconnectingStream(Generic[RequestT, ResponseT]):
         self._outbox: _Outbox[RequestT] | None = None
         self._call: Any = None
         self._connected = False
+        # Attempts in a row that got no answer in time.
+        self._unanswered = 0
         # Where the latest attempt was told that the leader is.
         self._leader = ""
         self._closing = threading.Event()
@@ -251,7 +256,7 @@ class ReconnectingStream(Generic[RequestT, ResponseT]):
         try:
             opening = self._make_hello()
             call = self._open_call(channel, _chain(opening, outbox))
-            watchdog = threading.Timer(self._settings.answer_timeout_s, call.cancel)
+            watchdog = threading.Timer(self._patience_s(), call.cancel)
             watchdog.daemon = True
             watchdog.start()
             with self._lock:
@@ -267,6 +272,8 @@ class ReconnectingStream(Generic[RequestT, ResponseT]):
                 raise failure from error
             reason = str(failure)
             self._leader = leader_of(error)
+            if error.code() is grpc.StatusCode.CANCELLED and not self._connected:
+                self._unanswered += 1
         else:
             if self._closing.is_set():
                 return True
@@ -285,11 +292,20 @@ class ReconnectingStream(Generic[RequestT, ResponseT]):
             self._on_lost(reason)
         return False
 
+    def _patience_s(self) -> float:
+        settings = self._settings
+        if len(self._endpoints) > 1:
+            # Another one may lead by then.
+            return settings.answer_timeout_s
+        longest_s = max(settings.answer_timeout_s, settings.answer_limit_s)
+        return min(longest_s, settings.answer_timeout_s * 2.0 ** min(self._unanswered, 30))
+
     def _receive(self, call: Any, watchdog: threading.Timer) -> None:
         for response in call:
             watchdog.cancel()
             if not self._connected:
                 self._connected = True
+                self._unanswered = 0
                 self._on_connected()
             self._on_message(response)
 

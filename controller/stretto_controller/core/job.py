@@ -29,6 +29,7 @@ def step(name: str, state: JobState | None, event: ev.Event, *, now_s: float, li
         membership.returning(draft, event)
     elif treatment is Treatment.TAKE:
         liveness.forgive_stall(draft)
+        liveness.note_lateness(draft)
         _FACTS[type(event)](draft, event)
         draft.quiet = quiet.changes_nothing_yet(draft, state, event)
         if not (draft.record.phase.finished or draft.quiet or isinstance(event, _WITHOUT_CONSEQUENCE)):

@@ -27,6 +27,9 @@ class Limits:
     return_s: float = 2.5
     # Live workers that do not answer a cut within this are lost.
     roll_call_s: float = 0.3
+    # ... unless the controller comes to its end later than this: then answers may wait unread, and it lasts as long
+    # again, up to what counts as silence at other times.
+    late_s: float = 0.1
     # Nodes that could not reach each other are kept apart for this long, and for twice as long each time anew,
     apart_s: float = 15.0
     # ... up to this. All who train pause for a few seconds when they are brought together in vain.

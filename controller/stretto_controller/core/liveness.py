@@ -98,7 +98,7 @@ def _broken_s(record: Record, live: Live, node: Node, signs: _Signs, limits: Lim
         return None
     if grace_until_s is not None and grace_until_s > live.failure_s:
         return max(signs.heard_s + _silence_limit_s(limits), live.failure_s + limits.reconnect_grace_s)
-    return live.failure_s + limits.roll_call_s
+    return _roll_call_until_s(live, limits)
 
 
 def _silence_limit_s(limits: Limits) -> float:
@@ -222,6 +222,23 @@ def forgive_stall(draft: Draft) -> None:
         sessions={node_id: later(s) for node_id, s in draft.live.sessions.items()},
         workers=Roster(map(later_worker, draft.live.workers.values())),
     )
+
+
+def _roll_call_until_s(live: Live, limits: Limits) -> float:
+    assert live.failure_s is not None, "nobody reported a failure"
+    return live.roll_call_until_s or live.failure_s + limits.roll_call_s
+
+
+def note_lateness(draft: Draft) -> None:
+    """Prolong a roll call to whose end we come late: who seems silent may have answered, and waits to be read."""
+    live, limits, now_s = draft.live, draft.limits, draft.now_s
+    if live.failure_s is None or not draft.record.in_process:
+        return
+    until_s, longest_s = _roll_call_until_s(live, limits), live.failure_s + _silence_limit_s(limits)
+    # A tick that came in time has judged already.
+    judged = live.ticked_s is not None and live.ticked_s >= until_s
+    if not judged and until_s + limits.late_s < now_s < longest_s:
+        draft.set_live(roll_call_until_s=min(now_s + limits.roll_call_s, longest_s))
 
 
 def recovered_live(record: Record, now_s: float, limits: Limits) -> Live:

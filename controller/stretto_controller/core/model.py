@@ -358,6 +358,8 @@ class Live:
     change_limit_s: float | None = None
     # When a member reported that its workers failed in the current generation.
     failure_s: float | None = None
+    # Until when those who were not heard since then may answer; None: the usual time.
+    roll_call_until_s: float | None = None
     # The last node that was there gave up.
     gave_up: bool = False
     # Since the workers of the last generation began to stop; None before the first generation.

@@ -210,7 +210,9 @@ def _reconfiguring(draft: Draft) -> None:
         rendezvous.finish(draft, Phase.FAILED, "the workers of all nodes failed, and no restarts are left")
         return
     draft.update(generation=None, change=None)
-    draft.set_live(change_limit_s=None, settle_until_s=None, settle_limit_s=None, failure_s=None)
+    draft.set_live(
+        change_limit_s=None, settle_until_s=None, settle_limit_s=None, failure_s=None, roll_call_until_s=None
+    )
     if not draft.record.in_process:
         draft.set_live(workers=Roster())
     _gathering(draft)

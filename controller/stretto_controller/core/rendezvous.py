@@ -132,6 +132,7 @@ def form(draft: Draft, nodes: Sequence[Node], cause: Cause, reason: str, guilty:
         step=0,
         step_advanced_s=None,
         failure_s=None,
+        roll_call_until_s=None,
         pause_s=None,
         cause=cause,
         settle_until_s=None,

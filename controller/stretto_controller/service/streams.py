@@ -123,7 +123,8 @@ class Conversation:
             async with asyncio.timeout(limit_s):
                 return _readable(await anext(requests))
         except TimeoutError as error:
-            raise Rejected.invalid(f"no hello came within {limit_s:g} s") from error
+            # It may wait unread: a controller under many streams is itself late.
+            raise Rejected.not_yet(f"no hello came within {limit_s:g} s; connect again") from error
         except StopAsyncIteration as error:
             raise Rejected.invalid("the stream ended before its hello") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
 import numpy as np
@@ -47,29 +48,42 @@ def problem_of(name: str, tensor: Tensor) -> str:
     return ""
 
 
-def digests(tensors: Sequence[Tensor], algorithm: str) -> npt.NDArray[np.int64]:
-    """One number per trait, equal on two ranks where the trait is."""
+@dataclass(frozen=True)
+class Traits:
+    """What has to be the same on all ranks: a number for each trait, and one for all."""
+
+    each: npt.NDArray[np.int64]
+    together: int
+
+
+def digests(tensors: Sequence[Tensor], algorithm: str) -> Traits:
+    """Numbers that are equal on two ranks where the traits are."""
     shapes = [tuple(tensor.shape) for tensor in tensors]
     dtypes = [str(tensor.dtype) for tensor in tensors]
     devices = sorted({tensor.device.type for tensor in tensors})
     rest = [_digest(shapes), _digest(dtypes), _digest(devices), _digest(algorithm)]
-    return np.array([len(tensors), *rest], dtype=np.int64)
+    each = [len(tensors), *rest]
+    return Traits(np.array(each, dtype=np.int64), _digest(each))
 
 
-def begin_agreement(exchange: Exchange, traits: npt.NDArray[np.int64], problem: str) -> Callable[[], None]:
+def unknown() -> Traits:
+    """Of a rank that has a problem of its own."""
+    return Traits(np.zeros(len(_TRAITS), dtype=np.int64), 0)
+
+
+def begin_agreement(exchange: Exchange, traits: Traits, problem: str) -> Callable[[], None]:
     """Start the one small all-reduce that compares the ranks' traits; call what is returned before anything else.
 
     That raises ValueError on every rank where they differ or one of them has a problem. The reason is asked for only
     then, in a second all-reduce.
     """
-    own = _digest(traits.tolist())
-    flags = np.array([own, -own, int(bool(problem))], dtype=np.int64)
+    flags = np.array([traits.together, -traits.together, int(bool(problem))], dtype=np.int64)
     compare = exchange.start_max(flags)
 
     def agree() -> None:
         compare()
         if flags[0] != -flags[1] or flags[2]:
-            _raise_difference(exchange, traits, problem)
+            _raise_difference(exchange, traits.each, problem)
 
     return agree
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stretto.adasum.checks import begin_agreement, digests, problem_of
+from stretto.adasum.checks import Traits, begin_agreement, digests, problem_of, unknown
 from stretto.adasum.gram import reduce_by_gram
 from stretto.adasum.memory import Memory
 from stretto.adasum.rvh import reduce_by_halving
@@ -46,7 +46,7 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Layout:
-    traits: np.ndarray[tuple[int], np.dtype[np.int64]]
+    traits: Traits
     batches: tuple[_Batch, ...]
 
 
@@ -110,7 +110,7 @@ class Reducer:
         layout = None
         if not problem:
             layout, problem = self._layout_of(tensors, chosen)
-        traits = layout.traits if layout is not None else np.zeros(5, dtype=np.int64)
+        traits = layout.traits if layout is not None else unknown()
         agree = begin_agreement(self._transport, traits, problem)
         if layout is None:
             agree()
@@ -176,7 +176,7 @@ class Reducer:
         part = segments.part(0, segments.total)
         squares = np.zeros(len(segments))
         if segments.total:
-            squares[part.layers] = self._memory.kernel(1, flat.device).dots([flat], part)[:, 0, 0]
+            squares[part.layers] = self._memory.kernel(1, flat.device).dots([flat], part)[0]
         return Statistics(squares, squares, float(squares.sum()))
 
 

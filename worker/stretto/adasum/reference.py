@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stretto.adasum.checks import check_gradient
-from stretto.adasum.tree import coefficients, levels
+from stretto.adasum.tree import ROUNDING, SMALLEST_SQR_NORM, coefficients, levels
 
 
 @torch.no_grad()
@@ -30,7 +31,7 @@ def pair(a: Tensor, b: Tensor, leaves_a: int = 1, leaves_b: int = 1) -> Tensor:
     for name, leaves in (("leaves_a", leaves_a), ("leaves_b", leaves_b)):
         if isinstance(leaves, bool) or not isinstance(leaves, int) or leaves < 1:
             raise ValueError(f"{name} is {leaves!r}; allowed: whole numbers from 1")
-    return _pair(a.detach().double(), b.detach().double(), leaves_a, leaves_b).to(a.dtype)
+    return _pair(_Node(a.detach().double(), leaves_a), _Node(b.detach().double(), leaves_b)).value.to(a.dtype)
 
 
 @torch.no_grad()
@@ -56,38 +57,65 @@ def combine(tensors_by_rank: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [_combined([tensors[layer] for tensors in tensors_by_rank]) for layer in range(len(first))]
 
 
+@dataclass(frozen=True)
+class _Node:
+    """A float64 vector, and how many gradients it is made of.
+
+    `parts_length`: their lengths added up, in units of 2^64, so that the largest ones have a sum too; None for one
+    gradient.
+    """
+
+    value: Tensor
+    leaves: int = 1
+    parts_length: float | None = None
+
+
 def _combined(tensors: Sequence[Tensor]) -> Tensor:
     """Adasum of one layer."""
-    nodes = [(tensor.detach().double(), 1) for tensor in tensors]
+    nodes = [_Node(tensor.detach().double()) for tensor in tensors]
     for level in levels(len(nodes)):
-        above = []
-        for members in level:
-            value, leaves = nodes[members[0]]
-            if len(members) == 2:
-                other, more = nodes[members[1]]
-                value, leaves = _pair(value, other, leaves, more), leaves + more
-            above.append((value, leaves))
-        nodes = above
-    return nodes[0][0].to(tensors[0].dtype, copy=True)
+        nodes = [
+            nodes[members[0]] if len(members) == 1 else _pair(nodes[members[0]], nodes[members[1]]) for members in level
+        ]
+    return nodes[0].value.to(tensors[0].dtype, copy=True)
 
 
-def _pair(a: Tensor, b: Tensor, leaves_a: int, leaves_b: int) -> Tensor:
-    """Of float64 tensors."""
+def _pair(first: _Node, second: _Node) -> _Node:
+    a, b = first.value, second.value
     flat_a, flat_b = a.reshape(-1), b.reshape(-1)
-    dots = [float(torch.dot(*both)) for both in ((flat_a, flat_b), (flat_a, flat_a), (flat_b, flat_b))]
-    ratio = 0
+    power_a = power_b = 0
+    dots = _dots(flat_a, flat_b)
     if not all(map(math.isfinite, dots)):
         # Squares above the largest number: with powers of two taken out, only truly infinite values remain so.
         power_a, power_b = _power(flat_a), _power(flat_b)
-        flat_a, flat_b, ratio = torch.ldexp(flat_a, -power_a), torch.ldexp(flat_b, -power_b), int(power_b - power_a)
-        dots = [float(torch.dot(*both)) for both in ((flat_a, flat_b), (flat_a, flat_a), (flat_b, flat_b))]
+        dots = _dots(_scaled(flat_a, power_a), _scaled(flat_b, power_b))
+    lengths, floors = [], []
+    for node, sqr, power in ((first, dots[1], power_a), (second, dots[2], power_b)):
+        lengths.append(_ldexp(math.sqrt(sqr), power - 64) if node.parts_length is None else node.parts_length)
+        floors.append(max(SMALLEST_SQR_NORM, (ROUNDING * _ldexp(lengths[-1], 64 - power)) ** 2))
     dot, sqr_a, sqr_b = (np.array([value]) for value in dots)
-    of_a, of_b = coefficients(dot, sqr_a, sqr_b, float(leaves_a), float(leaves_b))
-    if ratio:
-        of_a, of_b = 1.0 - np.ldexp(1.0 - of_a, ratio), 1.0 - np.ldexp(1.0 - of_b, -ratio)
-    return float(of_a[0]) * a + float(of_b[0]) * b
+    found = coefficients(dot, sqr_a, sqr_b, float(first.leaves), float(second.leaves), smallest=(floors[0], floors[1]))
+    of_a, of_b = (float(value[0]) for value in found)
+    if power_a != power_b:
+        of_a, of_b = 1.0 - _ldexp(1.0 - of_a, power_b - power_a), 1.0 - _ldexp(1.0 - of_b, power_a - power_b)
+    length = abs(of_a) * lengths[0] + abs(of_b) * lengths[1]
+    return _Node(of_a * a + of_b * b, first.leaves + second.leaves, length)
 
 
-def _power(values: Tensor) -> Tensor:
+def _dots(a: Tensor, b: Tensor) -> list[float]:
+    """a.b, |a|^2, |b|^2"""
+    return [float(torch.dot(*both)) for both in ((a, b), (a, a), (b, b))]
+
+
+def _scaled(values: Tensor, power: int) -> Tensor:
+    return torch.ldexp(values, torch.tensor(-power))
+
+
+def _power(values: Tensor) -> int:
     """The power of two just above the largest magnitude; 0 where that is zero or not finite."""
-    return torch.frexp(values.abs().max()).exponent
+    return int(torch.frexp(values.abs().max()).exponent)
+
+
+def _ldexp(value: float, power: int) -> float:
+    """Infinite where that is too large."""
+    return float(np.ldexp(value, power))

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
-Indices = npt.NDArray[np.int64]
+from stretto.adasum.tree import Indices
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,7 @@ class Segments:
         self.sizes = np.array(sizes, dtype=np.int64)
         self.bounds = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.sizes)])
         self.total = int(self.bounds[-1])
+        self.longest = int(self.sizes.max(initial=0))
         self._parts: dict[tuple[int, int], Part] = {}
 
     def __len__(self) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+Indices = npt.NDArray[np.int64]
 
 # The ranks of each leaf, whose mean it is: one rank, or those of one node.
 Leaves = tuple[tuple[int, ...], ...]
@@ -19,9 +21,13 @@ Level = tuple[tuple[int, ...], ...]
 # sqrt(DBL_MIN): below it a squared norm is no divisor any more, and the coefficient is 1.
 SMALLEST_SQR_NORM = float(np.sqrt(np.finfo(np.float64).tiny))
 
-# A combined vector that is so much shorter than its parts (squared) is mostly rounding when its norm comes from a Gram
-# matrix: float64 keeps 1e-15 of the parts' squares, and 1e-6 of the vector's own is asked for.
-_CANCELLED = 1e-9
+# What is left over of parts that are so much longer is rounding: it counts as zero, and its coefficient is 1.
+ROUNDING = 2.0**-48
+
+# Of dot products in float64, relative to the vectors' lengths.
+_DOT_ERROR = 1e-15
+# A squared norm that is a larger part of its parts' than this has lost nothing worth looking after.
+_CLEAR = 1e-3
 
 
 def single_ranks(world_size: int) -> Leaves:
@@ -54,15 +60,16 @@ def coefficients(
     leaves_a: Floats | float,
     leaves_b: Floats | float,
     *,
-    smallest: Floats | float = SMALLEST_SQR_NORM,
+    smallest: tuple[Floats | float, Floats | float] = (SMALLEST_SQR_NORM, SMALLEST_SQR_NORM),
 ) -> tuple[Floats, Floats]:
     """The factors of a and b in adasum(a, b), elementwise; `leaves_*`: how many gradients each stands for.
 
-    With equally many leaves it is the paper's formula (Maleki et al. 2020, equation 2).
+    With equally many leaves it is the paper's formula (Maleki et al. 2020, equation 2). A coefficient is 1 where the
+    squared norm is below the smallest that is a divisor, of a and of b.
     """
     with np.errstate(all="ignore"):
-        of_a = dots / np.where(sqr_a < smallest, np.inf, sqr_a)
-        of_b = dots / np.where(sqr_b < smallest, np.inf, sqr_b)
+        of_a = dots / np.where(sqr_a < smallest[0], np.inf, sqr_a)
+        of_b = dots / np.where(sqr_b < smallest[1], np.inf, sqr_b)
         share = leaves_a / (leaves_a + leaves_b)
         return 1.0 - share * of_a, 1.0 - (1.0 - share) * of_b
 
@@ -81,52 +88,108 @@ def leaf_counts(leaves: Leaves) -> Floats:
 
 
 def merged_counts(counts: Floats, level: Level) -> Floats:
+    """[nodes of the level]"""
     return np.array([sum(counts[index] for index in members) for members in level])
 
 
-def rank_weights(grams: Floats, leaves: Leaves) -> tuple[Floats, Floats, npt.NDArray[np.bool_]]:
-    """[layers, ranks]: the factor of each rank's gradient in the result; its squared norm; what has to be done again.
+@cache
+def upper(count: int) -> tuple[Indices, Indices]:
+    """Rows and columns of a symmetric matrix's upper half, in the order in which its values are packed."""
+    rows, columns = np.triu_indices(count)
+    return rows, columns
 
-    `grams` [layers, ranks, ranks]: the dot products of the ranks' gradients. The tree is run on vectors of factors,
+
+def rank_weights(grams: Floats, leaves: Leaves, allowed_error: float = 1e-6) -> tuple[Floats, Floats, Bools]:
+    """[ranks, layers]: the factor of each rank's gradient in the result; its squared norm; what has to be done again.
+
+    `grams` [ranks, ranks, layers]: the dot products of the ranks' gradients. The tree is run on vectors of factors,
     whose norms and dot products follow from the Gram matrix: exact to about 1e-15 of the parts. Where parts cancelled
-    to far less than that, or the squares overflowed, the layer is marked.
+    so far that the result's relative error may be larger than `allowed_error`, or squares overflowed, it is marked.
+    Elementwise, so that processors of different makes find the same bits.
     """
-    layers, world_size, _ = grams.shape
     counts = leaf_counts(leaves)
-    parts = np.broadcast_to(leaf_weights(leaves, world_size), (layers, len(leaves), world_size))
     with np.errstate(all="ignore"):
-        lengths = np.sqrt(np.diagonal(grams, axis1=1, axis2=2))
-        marked = ~np.isfinite(lengths).all(axis=1)
-        inner = grams if leaves == single_ranks(world_size) else parts @ grams @ parts.transpose(0, 2, 1)
+        lengths = np.sqrt(_diagonal(grams))
+        marked: Bools = np.asarray(~np.isfinite(lengths).all(axis=0))
+        parts, inner = np.eye(len(grams))[:, :, None], grams
+        if leaves != single_ranks(len(grams)):
+            means = leaf_weights(leaves, len(grams))
+            parts = means[:, :, None]
+            inner = np.einsum("ar,rsl,bs->abl", means, grams, means)
+            lengths = means @ lengths
+        errors = _Errors(lengths, allowed_error)
         for level in levels(len(leaves)):
-            step = _step_weights(inner, level, counts)
+            step = _Step.of(inner, level, counts)
             counts = merged_counts(counts, level)
-            parts = step @ parts
-            inner = step @ inner @ step.transpose(0, 2, 1)
-            if len(level) > 1:
-                longest = (np.abs(parts) @ lengths[:, :, None])[:, :, 0] ** 2
-                short = np.diagonal(inner, axis1=1, axis2=2) < _CANCELLED * longest
-                marked = marked | (short & (longest > SMALLEST_SQR_NORM)).any(axis=1)
-    weights: Floats = parts[:, 0, :]
-    return weights, inner[:, 0, 0], np.asarray(marked)
+            parts = step.applied(parts)
+            below, inner = inner, step.applied(step.applied(inner).swapaxes(0, 1))
+            marked = np.asarray(marked | errors.after(step, below, inner))
+    return parts[0], inner[0, 0], marked
 
 
-def _step_weights(inner: Floats, level: Level, counts: Floats) -> Floats:
-    """[layers, nodes of this level, nodes below]."""
-    weights = np.zeros((inner.shape[0], len(level), inner.shape[1]))
-    single = [(index, members[0]) for index, members in enumerate(level) if len(members) == 1]
-    double = [(index, *members) for index, members in enumerate(level) if len(members) == 2]
-    for index, member in single:
-        weights[:, index, member] = 1.0
-    above, first, second = _columns(double)
-    diagonal = np.diagonal(inner, axis1=1, axis2=2)
-    of_first, of_second = coefficients(
-        inner[:, first, second], diagonal[:, first], diagonal[:, second], counts[first], counts[second]
-    )
-    weights[:, above, first] = of_first
-    weights[:, above, second] = of_second
-    return weights
+@dataclass(frozen=True)
+class _Step:
+    """One level: node i is of_first[i] [layers] times the node first[i] below, and of_second[i] times second[i]."""
+
+    first: Indices
+    second: Indices
+    of_first: Floats
+    of_second: Floats
+
+    @staticmethod
+    def of(inner: Floats, level: Level, counts: Floats) -> _Step:
+        first = np.array([members[0] for members in level])
+        second = np.array([members[-1] for members in level])
+        squares = _diagonal(inner)
+        of_first, of_second = coefficients(
+            inner[first, second], squares[first], squares[second], counts[first, None], counts[second, None]
+        )
+        alone = first == second
+        if alone.any():
+            of_first[alone], of_second[alone] = 1.0, 0.0
+        return _Step(first, second, of_first, of_second)
+
+    def applied(self, rows: Floats) -> Floats:
+        """[nodes of this level, ...] of [nodes below, ..., layers]."""
+        middle = (slice(None), *[None] * (rows.ndim - 2), slice(None))
+        of_first, of_second = self.of_first[middle], self.of_second[middle]
+        found: Floats = of_first * rows[self.first]
+        found += of_second * rows[self.second]
+        return found
 
 
-def _columns(rows: Sequence[tuple[int, ...]]) -> list[list[int]]:
-    return [list(column) for column in zip(*rows, strict=True)]
+def _diagonal(matrices: Floats) -> Floats:
+    """[nodes, layers] of [nodes, nodes, layers]."""
+    return matrices.diagonal().T
+
+
+class _Errors:
+    """How far each node's vector may be off, level by level, where that can matter at all."""
+
+    def __init__(self, lengths: Floats, allowed: float) -> None:
+        self._allowed = allowed
+        self._lengths = lengths  # [nodes, layers]: of the parts that each is made of, added up
+        self._errors = np.zeros((len(lengths), 1))
+        self._clear = True
+
+    def after(self, step: _Step, below: Floats, inner: Floats) -> Bools | bool:
+        """[layers]: whether a node of this level is off by more than is allowed, relative to its length."""
+        sizes = _Step(step.first, step.second, np.abs(step.of_first), np.abs(step.of_second))
+        longest, squares = self._lengths, _diagonal(inner)
+        self._lengths = above = sizes.applied(longest)
+        above_sqr = above * above
+        if self._clear and (squares >= _CLEAR * above_sqr).all():
+            self._errors = np.zeros((len(above), 1))
+            return False
+        self._clear = False
+        norms = np.sqrt(_diagonal(below))
+        off = np.divide(self._errors, norms, out=np.zeros_like(norms), where=self._errors > 0)
+        ratios = np.divide(longest, norms, out=np.zeros_like(norms), where=norms > 0)
+        errors = sizes.applied(np.broadcast_to(self._errors, norms.shape)) + _DOT_ERROR * above
+        for a, b in ((step.first, step.second), (step.second, step.first)):
+            # What errors of a's and b's dot products do to the length of factor times a.
+            of_factor = _DOT_ERROR * (longest[b] * ratios[a] + norms[b] * ratios[a] ** 2) + 2 * norms[b] * off[a]
+            errors += of_factor * (step.first != step.second)[:, None]
+        self._errors = errors
+        good = errors**2 <= self._allowed**2 * (squares - 4 * _DOT_ERROR * above_sqr)
+        return ~np.asarray(good.all(axis=0))
