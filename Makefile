@@ -34,7 +34,7 @@ demo: $(STAMP) ## train a small CNN on MNIST while nodes come, die and drain (un
 	.venv/bin/stretto demo $(DEMO_ARGS)
 
 test: $(STAMP) $(TOOLS) ## every test but the long ones
-	$(PY) -m pytest -m 'not soak' -n 2 --dist loadfile $(PYTEST_ARGS)
+	STRETTO_TESTS_COMPLETE=1 $(PY) -m pytest -m 'not soak' -rs -n 2 --dist loadfile $(PYTEST_ARGS)
 
 MARK ?= gpu
 gpu: $(STAMP) ## the tests that need a GPU, and a torch for CUDA (MARK=gpus: three GPUs); nothing else runs them
@@ -65,7 +65,7 @@ proto-check: $(STAMP) $(GENERATORS) ## buf lint, and the committed code is what 
 	  && for file in "$$fresh"/stretto_proto/v1/*; do cmp "$$file" "proto/stretto_proto/v1/$$(basename "$$file")"; done
 
 soak: $(STAMP) $(TOOLS) ## the long runs: chaos, then fault loops, each for SOAK_S seconds
-	STRETTO_SOAK_S=$(SOAK_S) $(PY) -m pytest -m soak -s $(PYTEST_ARGS)
+	STRETTO_TESTS_COMPLETE=1 STRETTO_SOAK_S=$(SOAK_S) $(PY) -m pytest -m soak -rs -s $(PYTEST_ARGS)
 
 bench: $(STAMP) ## all benchmarks, ours and the peer's side by side
 	for file in benchmarks/*.py; do $(PY) "$$file"; done

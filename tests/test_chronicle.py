@@ -11,7 +11,9 @@ from stretto.progress_report import StepFigures
 
 
 def figures(step: int) -> StepFigures:
-    return StepFigures(step, 1.5 * step, 1.5, 2.0, 1 / step, (0.15,), (0.1,), 1.0, 1.0, 16 * step, 0, 0.02)
+    return StepFigures(
+        step, 1.5 * step, 1.5 * (step - 1), 1.5, 2.0, 1 / step, (0.15,), (0.1,), 1.0, 1.0, 16 * step, 0, 0.02
+    )
 
 
 def told(steps: range, *, limit: int = 500, generation: int = 1) -> Chronicle:

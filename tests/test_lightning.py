@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from harness.installed import imported
 
-pl = pytest.importorskip("lightning.pytorch")
+pl: Any = imported("lightning.pytorch")
 
 from stretto.integrations.lightning import AdaScaleCallback  # noqa: E402  (needs Lightning)
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
@@ -36,7 +37,7 @@ def test_the_example_learns_the_digits_on_two_processes(tmp_path: Path) -> None:
     assert 1.0 < gain <= 2.0
 
 
-class Line(pl.LightningModule):  # type: ignore[misc,name-defined]  # Lightning may be missing
+class Line(pl.LightningModule):  # type: ignore[misc]  # Lightning may be missing
     """A linear regression."""
 
     def __init__(self, scheduler: str = "step") -> None:

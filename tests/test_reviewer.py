@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 from dataclasses import replace
 
+import pytest
 from harness.bench import Bench
-from stretto_controller.core.events import AutoscaleRequested
+from stretto_controller.core.events import AutoscaleRequested, Event
 from stretto_controller.core.goodput.allocation import Bid
 from stretto_controller.core.goodput.autoscale import Autoscale, AutoscaleChange, AutoscaleMode
 from stretto_controller.core.goodput.measured import Measured
 from stretto_controller.core.goodput.step_time import Shape
 from stretto_controller.core.limits import Limits
-from stretto_controller.core.model import JobSpec, Mode, Record
+from stretto_controller.core.model import JobSpec, JobState, Mode, Record
 from stretto_controller.metrics import exposition
 from stretto_controller.reviewer import Reviewer, shares
 from stretto_controller.settings import ServiceLimits
@@ -75,3 +78,68 @@ async def test_what_is_set_survives_the_store() -> None:
     again = decode(Record, encode(record))
     assert again == record
     assert again.autoscale == Autoscale(AutoscaleMode.ACT, priority=3)
+
+
+async def test_an_error_costs_one_jobs_review_and_is_logged_with_its_name(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, reviewed = Bench(), []
+    for job in ("a", "b", "c"):
+        bench.join(job, "n0")
+    await bench.store.finish()
+    submit = bench.runner.submit
+
+    def fails_for_b(job: str, event: Event) -> object:
+        if job == "b":
+            raise ZeroDivisionError("a fault of ours")
+        reviewed.append(job)
+        return submit(job, event)
+
+    monkeypatch.setattr(bench.runner, "submit", fails_for_b)
+    await Reviewer(bench.runner, SERVICE, Limits()).review()
+    assert reviewed == ["a", "c"]
+    (line,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert line.getMessage() == "job b: its size was not reviewed"
+    assert line.__dict__["job"] == "b"
+    assert line.exc_info is not None
+
+
+async def test_reviews_go_on_after_an_error_of_any_kind(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, third = Bench(), asyncio.Event()
+    reviewer = Reviewer(bench.runner, ServiceLimits(review_interval_s=0.001), Limits())
+    looks = itertools.count(1)
+
+    def states() -> list[JobState]:
+        if next(looks) < 3:
+            raise KeyError("a fault of ours")
+        third.set()
+        return []
+
+    monkeypatch.setattr(bench.runner, "states", states)
+    async with asyncio.timeout(60.0):
+        reviewing = asyncio.create_task(reviewer.review_on())
+        await third.wait()
+        reviewing.cancel()
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == ["sizes were not reviewed"] * 2
+
+
+async def test_a_job_whose_wish_cannot_be_told_does_not_keep_others_from_sharing(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench()
+    for job in ("a", "b"):
+        bench.join(job, "n0")
+        bench.runner.submit(job, AutoscaleRequested(AutoscaleChange(mode=AutoscaleMode.ACT)))
+    await bench.store.finish()
+
+    def fails_for_b(state: JobState, pause_share: float) -> Bid:
+        if state.record.name == "b":
+            raise ValueError("a fault of ours")
+        return Bid("a", 1, LINEAR, nodes=1)
+
+    monkeypatch.setattr("stretto_controller.reviewer.bid", fails_for_b)
+    reviewer = Reviewer(bench.runner, ServiceLimits(shared_nodes=4), Limits())
+    assert reviewer._shares(bench.runner.states()) == {"a": 3}, "b keeps its node"
+    assert "job b: what its sizes are worth is not known" in caplog.text

@@ -24,6 +24,7 @@ SPEC = types_pb2.JobSpec(base_batch_size=16, batch_size=16, target_tau=2000)
 FIGURES = StepFigures(
     step=1,
     tau=1.5,
+    tau_before=0.0,
     gain=1.5,
     scale=2.0,
     loss=0.7,
@@ -59,6 +60,7 @@ def test_progress_carries_sums_over_the_generation_so_that_one_message_replaces_
     progress = state.progress.message().progress
     assert progress.generation_steps == 2
     assert progress.generation_gain_sum == 3.0
+    assert progress.generation_first_tau == 0.0
     assert progress.pause_s == 2.5
     assert progress.step == 9
     assert progress.step_seconds.count == 2

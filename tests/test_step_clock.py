@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stretto.live.generation import StepClock
+from stretto.live.step_clock import StepClock
 
 
 def test_waiting_begins_with_the_oldest_operation_that_runs() -> None:

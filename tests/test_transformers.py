@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from harness.installed import imported
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
+transformers: Any = imported("transformers")
+imported("accelerate")
 
 from stretto.integrations.transformers import AdaScaleCallback, around_accelerated  # noqa: E402  (needs both)
 

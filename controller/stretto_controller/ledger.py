@@ -15,11 +15,13 @@ from stretto_controller.core.actions import (
     EndGeneration,
     FirstStep,
     LogEvent,
+    ReachTarget,
 )
 from stretto_controller.core.model import JobState
 from stretto_controller.core.report import Progress
 from stretto_controller.curve import Curve, Point
 from stretto_controller.figures import Figures
+from stretto_controller.history import History
 from stretto_controller.settings import ServiceLimits
 from stretto_controller.snapshot import JobView
 from stretto_controller.store.contents import GenerationSummary, Marks, StoredEvent, StoredJob
@@ -72,7 +74,7 @@ class Job:
         self._events: deque[StoredEvent] = deque(maxlen=service.kept_events)
         self._generations: dict[tuple[int, int], GenerationSummary] = {}
         self._marks = Marks()
-        self._current: GenerationSummary | None = None
+        self._history = History(0, limit=service.kept_generations)
         self._points_saved_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -84,8 +86,7 @@ class Job:
         self._events.extend(stored.events)
         self._generations = {summary.key: summary for summary in stored.generations}
         self.curve.load(stored.points)
-        if stored.generations and not stored.generations[-1].ended_s:
-            self._current = stored.generations[-1]
+        self._history = History(stored.record.incarnation, stored.generations, limit=self._service.kept_generations)
 
     def note(self, decision: Decision, at: Moment, last_sequence: int) -> Release:
         """Measure the decision, put wall-clock times and sequence numbers on its story, and make it the state."""
@@ -94,7 +95,9 @@ class Job:
         if previous is not None and previous.record.incarnation != record.incarnation:
             self.figures = Figures(self._service.rate_window_s)
             self.curve.clear()
-            self._marks, self._current = Marks(), None
+            self._marks = Marks()
+        if self._history.incarnation != record.incarnation:
+            self._history = History(record.incarnation, limit=self._service.kept_generations)
         checkpoint = record.checkpoint
         if checkpoint is not None and (previous is None or checkpoint is not previous.record.checkpoint):
             self.figures.note_checkpoint(checkpoint)
@@ -120,7 +123,7 @@ class Job:
             decision.reason,
             at.wall_s,
             events,
-            tuple(self._history(decision, at.wall_s)),
+            tuple(self._rows(decision, at.wall_s)),
             points,
             points_anew,
         )
@@ -170,26 +173,18 @@ class Job:
         for sequence, line in enumerate(lines, start=last_sequence + 1):
             yield StoredEvent(sequence, wall_s, line.kind, line.reason, line.node_id, line.generation)
 
-    def _history(self, decision: Decision, wall_s: float) -> Iterator[GenerationSummary]:
+    def _rows(self, decision: Decision, wall_s: float) -> Iterator[GenerationSummary]:
         for action in decision.actions:
             if isinstance(action, BeginGeneration):
                 self.figures.note_generation(action.cause)
-                incarnation = decision.state.record.incarnation
-                self._current = GenerationSummary(incarnation, action.generation, action.cause, started_s=wall_s)
-                yield self._current
+                yield from self._history.begin(action, wall_s)
             elif isinstance(action, FirstStep):
                 self.figures.note_first_step(action.cause, action.pause_s)
-                self._current = replace(self._known(action.generation), pause_s=action.pause_s)
-                yield self._current
+                yield from self._history.first_step(action)
+            elif isinstance(action, ReachTarget):
+                yield from self._history.target_reached(action)
             elif isinstance(action, EndGeneration):
-                ended = _ended(self._known(action.generation.number), action, wall_s)
-                self._current = None
-                yield ended
-
-    def _known(self, number: int) -> GenerationSummary:
-        assert self._current is not None, f"generation {number} went on, and none had begun"
-        assert self._current.generation.number == number, f"generation {number} went on, another had begun"
-        return self._current
+                yield from self._history.end(action, wall_s)
 
 
 def _point(progress: Progress, rate: float, wall_s: float) -> Point:
@@ -205,19 +200,4 @@ def _point(progress: Progress, rate: float, wall_s: float) -> Point:
         effective_lr=progress.effective_lr[0] if progress.effective_lr else math.nan,
         base_lr=progress.base_lr[0] if progress.base_lr else math.nan,
         progress_rate=rate,
-    )
-
-
-def _ended(begun: GenerationSummary, action: EndGeneration, wall_s: float) -> GenerationSummary:
-    return replace(
-        begun,
-        generation=action.generation,
-        steps=action.steps,
-        mean_gain=action.mean_gain,
-        effective_lr=action.effective_lr,
-        first_tau=action.first_tau,
-        last_tau=action.last_tau,
-        pause_s=action.pause_s,
-        ended_s=wall_s,
-        end_reason=action.reason,
     )

@@ -31,7 +31,7 @@ class Reviewer:
         self._pause_share = limits.pause_share
 
     async def review_on(self) -> None:
-        """Review every review_interval_s, for ever."""
+        """Review every review_interval_s, for ever: an error of ours costs one job's review, and is logged."""
         while True:
             await asyncio.sleep(self._service.review_interval_s)
             if self._runner.ready:
@@ -39,6 +39,8 @@ class Reviewer:
                     await self.review()
                 except Unavailable as error:
                     _log.debug("sizes were not reviewed: %s", error)
+                except Exception:  # noqa: BLE001 - else nothing would be reviewed any more, and nobody told
+                    _log.exception("sizes were not reviewed")
 
     async def review(self) -> None:
         """Review every job once. Others have their turn between two of them: a fit takes a millisecond."""
@@ -50,17 +52,31 @@ class Reviewer:
                 self._runner.submit(name, SizeReviewed(self._runner.wall_s(), shares.get(name, 2**31)))
             except Rejected as rejection:
                 _log.debug("job %s: its size was not reviewed: %s", name, rejection.message)
+            except Unavailable:
+                raise
+            except Exception:  # noqa: BLE001 - the others are reviewed all the same
+                _log.exception("job %s: its size was not reviewed", name, extra={"job": name})
             await asyncio.sleep(0)
 
     def _shares(self, states: Iterable[JobState]) -> dict[str, int]:
         """What each job in mode act may have, where the nodes that all share are not enough for every wish."""
         acting, others = [], 0
         for state in states:
-            if state.record.autoscale.mode is AutoscaleMode.ACT:
-                acting.append(bid(state, self._pause_share))
+            wish = self._bid(state) if state.record.autoscale.mode is AutoscaleMode.ACT else None
+            if wish is not None:
+                acting.append(wish)
             else:
                 others += state.record.wanted_nodes
         return shares(acting, self._service.shared_nodes - others, self._service)
+
+    def _bid(self, state: JobState) -> Bid | None:
+        """None: it cannot be told, and the job keeps what it has."""
+        try:
+            return bid(state, self._pause_share)
+        except Exception:  # noqa: BLE001 - the others share all the same
+            name = state.record.name
+            _log.exception("job %s: what its sizes are worth is not known", name, extra={"job": name})
+            return None
 
 
 def shares(bids: list[Bid], capacity: int, service: ServiceLimits) -> dict[str, int]:

@@ -103,18 +103,17 @@ class JobView:
         # The record learned its scale from the workers, after the generation had begun.
         current = replace(current, generation=generation)
         if self.progress is not None and self.progress.generation == generation.number:
-            current = _so_far(current, self.progress, current.generation.first_tau)
+            current = _so_far(current, self.progress)
         return (*self.generations[:-1], current)
 
 
-def _so_far(summary: GenerationSummary, progress: Progress, first_tau: float) -> GenerationSummary:
+def _so_far(summary: GenerationSummary, progress: Progress) -> GenerationSummary:
     steps = progress.generation_steps
     return replace(
         summary,
         steps=steps,
         mean_gain=progress.generation_gain_sum / steps if steps else 0.0,
         effective_lr=progress.effective_lr[0] if progress.effective_lr else 0.0,
-        first_tau=min(first_tau, progress.tau),
         last_tau=progress.tau,
         pause_s=progress.pause_s or summary.pause_s,
     )

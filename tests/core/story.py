@@ -289,6 +289,8 @@ def describe(action: ac.Action) -> str:
             return f"tell {session_id} to save and exit: {reason}"
         case ac.EndGeneration(generation=generation, steps=steps, reason=reason):
             return f"generation {generation.number} ends after {steps} steps: {reason}"
+        case ac.ReachTarget(generation, steps, _):
+            return f"generation {generation} reaches the target after {steps} steps of the job"
         case ac.LogEvent(kind, reason, _, _):
             return f"[{kind}] {reason}"
         case ac.StopWorkers(node_id, generation, _, force):

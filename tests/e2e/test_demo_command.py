@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -53,6 +54,15 @@ class RunningDemo:
         for path in self._directory.glob("stretto-demo-*/controller.json"):
             os.kill(json.loads(path.read_text())["pid"], signal.SIGKILL)
 
+    def steps_by_generation(self) -> list[int]:
+        """As the table at the end has them."""
+        rows = (line.split("│") for line in self.text.splitlines() if line.startswith("│"))
+        return [int(cells[6]) for cells in rows if cells[1].strip()]
+
+    def last_step(self) -> int:
+        (step,) = re.findall(r"tau [\d.]+ reached at step (\d+)", self.text)
+        return int(step)
+
     def leftovers(self) -> list[str]:
         """Command lines of processes that belong to this run; all have its directory in theirs."""
         found = []
@@ -95,6 +105,7 @@ def test_ends_well_although_the_controller_is_killed_at_random_moments(demo: Run
     assert demo.process.wait(LIMIT_S) == 0, demo.text
     for words in ("the controller was gone", "node_lost: node-1", "node-2 drained", "succeeded", "exactly once: yes"):
         assert words in demo.text, demo.text
+    assert sum(demo.steps_by_generation()) == demo.last_step(), demo.text
     demo.assert_gone()
     assert list(demo._directory.glob("stretto-demo-*")) == [], "its files are removed"
 
@@ -127,5 +138,16 @@ def test_leaves_nothing_running_when_it_is_stopped(demo: RunningDemo, number: si
     demo.until(lambda: "running: started with 1 node" in demo.text)
     assert len(demo.leftovers()) >= 3, "controller, agent, reference"
     demo.process.send_signal(number)
-    assert demo.process.wait(30) == code, demo.text
+    assert demo.process.wait(60) == code, demo.text
     demo.assert_gone()
+    if number is not signal.SIGKILL:
+        assert list(demo._directory.glob("stretto-demo-*")) == [], "its files are removed"
+
+
+def test_leaves_nothing_behind_when_it_is_stopped_twice_while_it_prepares(demo: RunningDemo) -> None:
+    demo.until(lambda: bool(list(demo._directory.glob("stretto-demo-*/controller.log"))))
+    demo.process.send_signal(signal.SIGTERM)
+    demo.process.send_signal(signal.SIGINT)
+    assert demo.process.wait(60) in (130, 143), demo.text
+    demo.assert_gone()
+    assert list(demo._directory.glob("stretto-demo-*")) == [], "its files are removed"

@@ -197,3 +197,41 @@ def test_a_wide_terminal_is_not_needed_by_the_help() -> None:
         done = CliRunner(env={"COLUMNS": "80"}).invoke(app, [command, "--help"])
         assert done.exit_code == 0
         assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_creates_a_job_that_waits_for_its_nodes(controller: ControllerProcess, tmp_path: Path) -> None:
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps({"min_nodes": 2, "max_nodes": 5, "base_batch_size": 16, "mode": "restart"}))
+    made = as_json(controller, "create", "planned", "--spec", str(spec), "--max-nodes", "4", "--nodes", "3")
+    assert (made["phase"], made["desired_nodes"], made["nodes"]) == ("pending", 3, [])
+    assert made["spec"]["min_nodes"] == 2
+    assert made["spec"]["max_nodes"] == 4, "options overrule the file"
+    assert made["spec"]["mode"] == "RECONFIGURE_MODE_RESTART"
+    assert as_json(controller, "create", "planned", "--spec", str(spec), "--max-nodes", "4", "--nodes", "3") == made
+    other = piped(controller, "create", "planned", "--min-nodes", "1")
+    assert other.returncode == 1
+    assert other.stderr.startswith("error: "), "what exists is not changed"
+    assert piped(controller, "delete", "planned", "--yes").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (None, "Give --min-nodes"),
+        ("{", "cannot be read as JSON"),
+        ("[1]", "is no JSON object"),
+        ('{"min_nodes": 1, "nodes": 2}', "has nodes; allowed: min_nodes"),
+        ('{"min_nodes": "1"}', "min_nodes is '1'; allowed: a whole number"),
+        ('{"min_nodes": 1, "mode": "live"}', "mode is 'live'; allowed: ('in-process', 'restart')"),
+        ('{"min_nodes": 99999999999999}', "the job's spec is"),
+    ],
+)
+def test_says_what_is_wrong_with_a_spec(
+    controller: ControllerProcess, tmp_path: Path, said: str | None, words: str
+) -> None:
+    path = tmp_path / "spec.json"
+    if said is not None:
+        path.write_text(said)
+    done = piped(controller, "create", "never", *(["--spec", str(path)] if said is not None else []))
+    assert done.returncode == 2
+    assert words in done.stderr

@@ -82,10 +82,14 @@ def test_the_loss_curve_does_not_notice_six_changes(
             assert agents.exit_code("n0") == 0, agents.output("n0")
         assert agents.exit_code("n1") == 0, agents.output("n1")
         assert client.get("job").phase == "succeeded"
+        last, history = client.get("job").progress, client.generations("job")
         assert "Traceback" not in agents.output("n1")
     steps = job.check_samples()
     losses = job.losses()
-    assert len(losses) == steps
+    assert len(losses) == steps == last.step
+    assert sum(row.steps for row in history) == last.step, "also those of which the killed worker told nobody"
+    assert [row.first_tau for row in history] == [0.0, *(row.last_tau for row in history[:-1])]
+    assert history[-1].last_tau == last.tau
     alone = _undisturbed(tmp_path / "alone", options)
     assert losses.keys() == alone.keys()
     for step, loss in losses.items():

@@ -84,6 +84,10 @@ def test_after_a_killed_node_training_goes_on_from_the_checkpoint(
         agents.kill_node("n0")
         agents.wait_for_steps("n1", world_size=1, newer_than=generation)
         assert agents.exit_code("n1") == 0, agents.output("n1")
+        with JobsClient(controller.grpc) as client:
+            last, history = client.get("job").progress, client.generations("job")
+    assert sum(row.steps for row in history) == last.step, "what was done again counts once"
+    assert [row.first_tau for row in history] == [0.0, *(row.last_tau for row in history[:-1])]
     lines = _log(tmp_path)
     assert used_exactly_once(lines)
     assert _steps_taken_back(lines) <= 25 + 1, "no more than one interval is done again"

@@ -36,12 +36,20 @@ class ControllerProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> ControllerProcess:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            # Nobody else would: a context that was not entered is not left.
+            self._end()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end()
+
+    def _end(self) -> None:
         if self._process is not None:
             self.kill()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from harness.installed import lacking
 
 Json = dict[str, Any]
 
@@ -61,7 +62,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 def program(name: str) -> str:
     """helm or kubectl, as tools/kubernetes_tools.py put them beside Python."""
     path = Path(sys.executable).with_name(name)
-    assert path.exists(), f"{path} is not there; `make test` brings it (tools/kubernetes_tools.py)"
+    if not path.exists():
+        lacking(f"{path} is not there; `make test` brings it (tools/kubernetes_tools.py)")
     return str(path)
 
 

@@ -17,6 +17,7 @@ Verdicts     While training goes on nobody is lost for a silence or a closed str
              Nobody is kept apart for what was said of processes that are gone.
 Farewells    Who drained and was dismissed does not join again. The last holder of the committed steps does not go
              unsaved. A job is paused when a checkpoint has them, unless too few are left to train.
+History      The steps of a job's generations add up to its last committed one, if a worker has said that it is that.
 Liveness     When the faults have ended the job trains to its end, or rests in a phase whose reason holds.
 """
 
@@ -342,6 +343,19 @@ class Invariants(Ledger):
         """The job has ended, and so have its agents."""
         left = [agent.name for agent in self._members_at_end if agent.alive]
         require(not left, "the job has ended, but not its agents %s", left)
+
+    def history_adds_up(self) -> None:
+        """The job has ended: each committed step is in one generation's row.
+
+        An agent may say that its workers ended well while those are cut off from the controller.
+        """
+        state, controller = self._world.controller.state, self._world.controller
+        if state is None or controller.told_end_of != state.record.incarnation or self._forgotten:
+            return
+        rows = [row for row in controller.rows.values() if row.incarnation == state.record.incarnation]
+        told = [(row.generation.number, row.steps_before, row.steps) for row in rows]
+        steps = sum(row.steps for row in rows) + (rows[0].steps_before if rows else 0)
+        require(steps == self._tip.step, "the history has %s steps of %s: %s", steps, self._tip.step, told)
 
 
 def _key_hash(agent: Agent) -> str:

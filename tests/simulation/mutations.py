@@ -23,6 +23,8 @@ from stretto_controller.core import job, liveness, partition, readiness, rendezv
 from stretto_controller.core.draft import Draft
 from stretto_controller.core.model import Generation, WorkerSession
 from stretto_controller.core.model import Version as CoreVersion
+from stretto_controller.history import History
+from stretto_controller.store.contents import GenerationSummary
 from stretto_proto.v1 import training_pb2 as pb
 
 
@@ -299,6 +301,13 @@ def _forgets_its_ready(original: Any) -> Any:
     return opening
 
 
+def _believes_reports(_: Any) -> Any:
+    def settle(self: History, row: GenerationSummary, steps: int, tau: float) -> list[GenerationSummary]:
+        return [row]
+
+    return settle
+
+
 MUTATIONS = {
     "source-by-step-only": Mutation("the most steps win", rendezvous, "choose_source", _by_step_only),
     "no-lineage": Mutation("an older lineage may give", rendezvous, "choose_source", _without_lineage),
@@ -335,5 +344,8 @@ MUTATIONS = {
     "moves-on-failure": Mutation("a failed collective counts", training, "_step", _moves_on_failure),
     "saves-uncommitted": Mutation("saved before it is committed", training, "_step", _saves_uncommitted),
     "no-fence": Mutation("no generation is fenced", Storage, "check", _nothing),
+    "untold-steps-are-lost": Mutation(
+        "the history has what reports told, and no more", History, "_settle", _believes_reports
+    ),
     "agent-asks-once": Mutation("an agent's lost request is not repeated", Agent, "opening", _forgets_its_ready),
 }

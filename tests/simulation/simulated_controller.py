@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from stretto_controller.core import events as ev
 from stretto_controller.core import job as core
 from stretto_controller.core.errors import Refusal, Rejected
 from stretto_controller.core.model import JobState, Record
+from stretto_controller.history import History
+from stretto_controller.store.contents import GenerationSummary
 from stretto_controller.wire import inbound, outbound
 from stretto_proto.v1 import rendezvous_pb2 as rendezvous
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from simulation.world import World
 
 JOB = "job"
+_ROWS = 10_000
 # As the runner: these never bring the next wake-up forward.
 _FREQUENT = (ev.NodeHeartbeat, ev.WorkerAlive, ev.WorkerProgressed)
 _NODE_ACTIONS = (ac.StartWorkers, ac.StopWorkers, ac.Dismiss, ac.FinishGeneration)
@@ -46,6 +50,8 @@ class _Release:
     saved: bool
     # The record is on the disk.
     stored: bool = False
+    # Of the job's history, those that the decision changed.
+    rows: tuple[GenerationSummary, ...] = ()
 
 
 @dataclass(slots=True)
@@ -81,6 +87,11 @@ class Controller:
         self.state: JobState | None = None
         self.connections: list[Connection] = []
         self._disk: Record | None = None
+        self._history = History(1, limit=_ROWS)
+        # By the generation's number; of all incarnations.
+        self.rows: dict[int, GenerationSummary] = {}
+        # A worker's word that the target is reached is on the disk: of the job's which incarnation.
+        self.told_end_of = 0
         self._releases: deque[_Release] = deque()
         self._sessions: dict[str, Connection] = {}
         self._by_node: dict[str, Connection] = {}
@@ -99,11 +110,12 @@ class Controller:
         for release in self._releases:
             if rng.random() < 0.5:
                 break
-            self._disk = release.record or self._disk
+            self._store(release)
         if lose_disk:
-            self._disk = None
+            self._disk, self.rows, self.told_end_of = None, {}, 0
             self.world.invariants.controller_forgot_everything()
         self.up, self.state = False, None
+        self._history = History(0, limit=_ROWS)
         self.life += 1
         self._releases.clear()
         self._sessions.clear()
@@ -122,6 +134,7 @@ class Controller:
         self.world.say("controller", "starts")
         if self._disk is not None:
             self.state = JobState(self._disk)
+            self._history = History(self._disk.incarnation, self.rows.values(), limit=_ROWS)
             self.world.invariants.controller_recovered(self.state)
             self.submit(ev.Recovered())
 
@@ -208,7 +221,8 @@ class Controller:
         changed = before is None or record is not before.record
         if decision.actions or changed or greeted is not None:
             saved = not changed or not self.saves_first
-            self._releases.append(_Release(decision.actions, greeted, record if changed else None, saved))
+            rows = tuple(self._rows(decision))
+            self._releases.append(_Release(decision.actions, greeted, record if changed else None, saved, rows=rows))
             if changed:
                 world.scheduler.after(world.save_s(), self._saved, self.life, self._releases[-1])
             self._let_go()
@@ -219,18 +233,42 @@ class Controller:
         """A save is on the disk, and with it all earlier ones."""
         if life != self.life or release.stored:
             return
-        self._disk = release.record
         for earlier in self._releases:
+            self._store(earlier)
             earlier.saved = earlier.stored = True
             if earlier is release:
                 break
+        self._store(release)
         release.saved = release.stored = True
         self._let_go()
+
+    def _store(self, release: _Release) -> None:
+        if not release.stored:
+            self._disk = release.record or self._disk
+            ends = any(_tells_of_the_end(action) for action in release.actions)
+            self.told_end_of = self._disk.incarnation if ends and self._disk else self.told_end_of
+            self.rows |= {row.generation.number: row for row in release.rows}
+
+    def _rows(self, decision: ac.Decision) -> Iterator[GenerationSummary]:
+        """As the real controller's ledger keeps them."""
+        if self._history.incarnation != decision.state.record.incarnation:
+            self._history = History(decision.state.record.incarnation, limit=_ROWS)
+        for action in decision.actions:
+            if isinstance(action, ac.BeginGeneration):
+                yield from self._history.begin(action, 0.0)
+            elif isinstance(action, ac.FirstStep):
+                yield from self._history.first_step(action)
+            elif isinstance(action, ac.ReachTarget):
+                yield from self._history.target_reached(action)
+            elif isinstance(action, ac.EndGeneration):
+                yield from self._history.end(action, 1.0)
 
     def _let_go(self) -> None:
         releases = self._releases
         while releases and releases[0].saved:
             release = releases.popleft()
+            if release.record is None:
+                self._store(release)
             if release.greeted is not None:
                 interval_s = self.world.setup.limits.heartbeat_interval_s
                 release.greeted.to_client(outbound.node_welcome("controller", interval_s))
@@ -268,6 +306,10 @@ class Controller:
         if life == self.life and wake == self._wake and self.up:
             self._ticked_s = self.world.scheduler.now_s
             self.submit(ev.Tick())
+
+
+def _tells_of_the_end(action: ac.Action) -> bool:
+    return isinstance(action, ac.ReachTarget) or (isinstance(action, ac.LogEvent) and action.kind == "target_reached")
 
 
 def _tell(world: World, event: ev.Event, before: JobState | None, decision: ac.Decision) -> None:

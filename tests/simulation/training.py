@@ -338,4 +338,4 @@ def torn(state: State) -> State:
 
 def figures(step: int) -> StepFigures:
     """Of a step, as it is reported."""
-    return StepFigures(step, float(step), 1.0, 1.0, 0.0, (0.1,), (0.1,), 0.0, 0.0, step * BATCH, 0, 0.1)
+    return StepFigures(step, float(step), step - 1.0, 1.0, 1.0, 0.0, (0.1,), (0.1,), 0.0, 0.0, step * BATCH, 0, 0.1)

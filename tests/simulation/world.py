@@ -141,6 +141,7 @@ class World:
         if self.invariants.job_has_ended:
             self.scheduler.run(self.scheduler.now_s + _RELEASE_LIMIT_S)
             self.invariants.everyone_was_released()
+            self.invariants.history_adds_up()
 
     def _stop_when_all_ended(self) -> None:
         if self.faults.over and self.invariants.job_has_ended and not any(agent.alive for agent in self.agents):

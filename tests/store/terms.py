@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import Callable
 from contextlib import aclosing
 
@@ -52,3 +53,8 @@ class Watched:
         self._task.cancel()
         await asyncio.wait([self._task])
         assert self._task.cancelled(), self._task
+
+
+def encoded(text: str) -> str:
+    """As etcd's JSON has keys and values."""
+    return base64.b64encode(text.encode()).decode()

@@ -16,6 +16,7 @@ class StepFigures:
 
     step: int
     tau: float
+    tau_before: float
     gain: float
     scale: float
     loss: float
@@ -44,13 +45,13 @@ class ProgressReport:
         # The latest figures were not sent yet.
         self.unsent = False
         self._steps = 0
-        self._gain_sum = 0.0
+        self._gain_sum = self._first_tau = 0.0
         self._pause_s = 0.0
 
     def commit(self, figures: StepFigures, *, pause_s: float) -> None:
         """Count a committed step. pause_s: kept from the generation's first one."""
         if self._steps == 0:
-            self._pause_s = pause_s
+            self._pause_s, self._first_tau = pause_s, figures.tau_before
         self._steps += 1
         self._gain_sum += figures.gain
         self._step_seconds.observe(figures.step_s)
@@ -78,6 +79,7 @@ class ProgressReport:
             orthogonality=figures.orthogonality,
             generation_steps=self._steps,
             generation_gain_sum=self._gain_sum,
+            generation_first_tau=self._first_tau,
             pause_s=self._pause_s,
             step_seconds=types_pb2.Histogram(
                 upper_bounds=histogram.upper_bounds,

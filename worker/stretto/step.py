@@ -26,6 +26,7 @@ class Outcome:
 
     loss: float
     base_lr: tuple[float, ...]
+    tau_before: float
     skipped: bool
     # The sums over the ranks of what each wished.
     agreed: tuple[float, ...]
@@ -74,7 +75,7 @@ class Stepper:
                 self._precision.backward(loss / self._share.micro_batches)
             if part.samples:
                 losses.append(loss.detach() * part.samples)
-        base_lr = tuple(float(group["lr"]) for group in optimizer.param_groups)
+        base_lr, tau_before = tuple(float(group["lr"]) for group in optimizer.param_groups), optimizer.tau
         skipped_before = optimizer.skipped_steps
         optimizer.set_agreement([*wishes(), float(sum(losses))])
         self._precision.step(optimizer)
@@ -82,6 +83,7 @@ class Stepper:
         return Outcome(
             loss=loss_sum / samples,
             base_lr=base_lr,
+            tau_before=tau_before,
             skipped=optimizer.skipped_steps > skipped_before,
             agreed=tuple(agreed),
             step_s=time.monotonic() - started_s,

@@ -352,6 +352,7 @@ class ElasticTrainer:
         return StepFigures(
             step=report.step,
             tau=report.tau,
+            tau_before=outcome.tau_before,
             gain=report.gain,
             scale=report.scale,
             loss=report.loss,

@@ -139,22 +139,41 @@ class BeginGeneration:
 
 @dataclass(frozen=True, slots=True)
 class FirstStep:
-    """A generation has committed its first step. pause_s: since the workers of the last one began to stop."""
+    """A generation has committed its first step.
+
+    pause_s: since the workers of the last one began to stop. steps_before, tau_before: where it began, as its workers
+    say; what earlier generations did beyond that does not count any more.
+    """
 
     generation: int
     cause: Cause
     pause_s: float
+    steps_before: int
+    tau_before: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReachTarget:
+    """For history: the job is done, in that generation and after so many steps."""
+
+    generation: int
+    steps: int
+    tau: float
 
 
 @dataclass(frozen=True, slots=True)
 class EndGeneration:
-    """For history: the generation's last figures."""
+    """For history: the generation's last figures, as far as the controller was told; steps 0: it was told none.
+
+    steps_before, first_tau: as in FirstStep, which a controller that was away may have missed.
+    """
 
     generation: Generation
+    steps_before: int
     steps: int
+    first_tau: float
     mean_gain: float
     effective_lr: float
-    first_tau: float
     last_tau: float
     pause_s: float
     reason: str
@@ -182,6 +201,7 @@ Action = (
     | LogEvent
     | BeginGeneration
     | FirstStep
+    | ReachTarget
     | EndGeneration
     | Forget
 )

@@ -266,11 +266,11 @@ def end(draft: Draft, reason: str) -> None:
     draft.act(
         EndGeneration(
             generation=generation,
+            steps_before=progress.generation_first_step if progress else 0,
             steps=steps,
+            first_tau=progress.generation_first_tau if progress else 0.0,
             mean_gain=progress.generation_gain_sum / steps if progress and steps else 0.0,
             effective_lr=progress.effective_lr[0] if progress and progress.effective_lr else 0.0,
-            # An even older checkpoint may have been loaded than the newest.
-            first_tau=min(generation.first_tau, progress.tau) if progress else generation.first_tau,
             last_tau=progress.tau if progress else generation.first_tau,
             pause_s=live.pause_s or 0.0,
             reason=reason,

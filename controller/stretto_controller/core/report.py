@@ -43,10 +43,16 @@ class Progress:
     epoch: int = 0
     generation_steps: int = 0
     generation_gain_sum: float = 0.0
+    generation_first_tau: float = 0.0
     pause_s: float = 0.0
     step_seconds: Histogram = field(default_factory=Histogram)
     # Adasum's, over the layers: minimum, median, maximum; empty under any other rule.
     orthogonality: tuple[float, ...] = ()
+
+    @property
+    def generation_first_step(self) -> int:
+        """How many steps the generation began with."""
+        return max(0, self.step - self.generation_steps)
 
 
 @dataclass(frozen=True, slots=True)

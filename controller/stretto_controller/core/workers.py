@@ -11,6 +11,7 @@ from stretto_controller.core.actions import (
     CloseSession,
     FenceWorker,
     FirstStep,
+    ReachTarget,
     SaveAndExit,
     WelcomeWorker,
 )
@@ -28,7 +29,7 @@ from stretto_controller.core.model import (
     WorkerReady,
     WorkerSession,
 )
-from stretto_controller.core.report import Checkpoint
+from stretto_controller.core.report import Checkpoint, Progress
 
 
 def hello(draft: Draft, event: ev.WorkerHello) -> None:
@@ -276,20 +277,21 @@ def progressed(draft: Draft, event: ev.WorkerProgressed) -> None:
     if progress.step > draft.live.step:
         draft.set_live(step=progress.step, step_advanced_s=draft.now_s)
         if draft.live.pause_s is None:
-            _first_step(draft, generation, progress.step)
+            _first_step(draft, generation, progress)
     if worker.rank == 0:
         draft.set_live(progress=progress, progress_s=draft.now_s)
 
 
-def _first_step(draft: Draft, generation: Generation, step: int) -> None:
-    draft.update(lineage=Version(generation.number, step))
+def _first_step(draft: Draft, generation: Generation, progress: Progress) -> None:
+    draft.update(lineage=Version(generation.number, progress.step))
     if draft.record.phase is not Phase.RUNNING:
         # Its books are closed.
         return
     started_s = draft.live.pause_started_s
     pause_s = 0.0 if started_s is None else draft.now_s - started_s
     draft.set_live(pause_s=pause_s)
-    draft.act(FirstStep(generation.number, draft.live.cause or Cause.START, pause_s))
+    cause, steps_before = draft.live.cause or Cause.START, progress.generation_first_step
+    draft.act(FirstStep(generation.number, cause, pause_s, steps_before, progress.generation_first_tau))
 
 
 def left(draft: Draft, event: ev.WorkerLeft) -> None:
@@ -299,7 +301,13 @@ def left(draft: Draft, event: ev.WorkerLeft) -> None:
 
 
 def finished(draft: Draft, event: ev.WorkerFinished) -> None:
-    if _current(draft, event.session_id) is None or draft.record.target_reached:
+    if _current(draft, event.session_id) is None:
+        return
+    progress = draft.live.progress
+    if draft.record.phase is not Phase.RUNNING or progress is None or progress.step < event.step:
+        # Rank 0, which has told of less, may be gone; or an agent has told of the end before any worker.
+        draft.act(ReachTarget(event.generation, event.step, event.tau))
+    if draft.record.target_reached:
         return
     draft.update(target_reached=True)
     draft.set_live(target_s=draft.now_s)

@@ -28,7 +28,10 @@ class StoredEvent:
 
 @dataclass(frozen=True, slots=True)
 class GenerationSummary:
-    """One generation of a job's history; its last figures come when it ends. Times are wall-clock."""
+    """One generation of a job's history; its last figures come when it ends. Times are wall-clock.
+
+    steps_before: the job's steps where it began. steps: of those that it did, those that later ones went on from.
+    """
 
     incarnation: int
     generation: Generation
@@ -38,6 +41,7 @@ class GenerationSummary:
     steps: int = 0
     mean_gain: float = 0.0
     effective_lr: float = 0.0
+    steps_before: int = 0
     first_tau: float = 0.0
     last_tau: float = 0.0
     # 0 while it is the current one.

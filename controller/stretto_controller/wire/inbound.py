@@ -224,6 +224,7 @@ def _progress(message: types.Progress) -> Progress:
         epoch=checks.count("epoch", message.epoch),
         generation_steps=checks.count("generation_steps", message.generation_steps),
         generation_gain_sum=checks.amount("generation_gain_sum", message.generation_gain_sum),
+        generation_first_tau=checks.amount("generation_first_tau", message.generation_first_tau),
         pause_s=checks.amount("pause_s", message.pause_s),
         step_seconds=_histogram(message.step_seconds),
         orthogonality=_orthogonality(message.orthogonality),

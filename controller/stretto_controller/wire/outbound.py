@@ -235,6 +235,7 @@ def progress(value: Progress) -> types.Progress:
         epoch=value.epoch,
         generation_steps=value.generation_steps,
         generation_gain_sum=value.generation_gain_sum,
+        generation_first_tau=value.generation_first_tau,
         pause_s=value.pause_s,
         step_seconds=histogram(value.step_seconds),
         orthogonality=value.orthogonality,

@@ -237,6 +237,7 @@ class Progress(_message.Message):
     PAUSE_S_FIELD_NUMBER: _builtins.int
     STEP_SECONDS_FIELD_NUMBER: _builtins.int
     ORTHOGONALITY_FIELD_NUMBER: _builtins.int
+    GENERATION_FIRST_TAU_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     step: _builtins.int
     tau: _builtins.float
@@ -253,6 +254,8 @@ class Progress(_message.Message):
     generation_gain_sum: _builtins.float
     pause_s: _builtins.float
     """From this generation's assignment to its first committed step."""
+    generation_first_tau: _builtins.float
+    """tau where this generation began: that of the state before its first step."""
     @_builtins.property
     def effective_lr(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
     @_builtins.property
@@ -287,10 +290,11 @@ class Progress(_message.Message):
         pause_s: _builtins.float = ...,
         step_seconds: Global___Histogram | None = ...,
         orthogonality: _abc.Iterable[_builtins.float] | None = ...,
+        generation_first_tau: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["step_seconds", b"step_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_lr", b"base_lr", "effective_lr", b"effective_lr", "epoch", b"epoch", "gain", b"gain", "generation", b"generation", "generation_gain_sum", b"generation_gain_sum", "generation_steps", b"generation_steps", "loss", b"loss", "orthogonality", b"orthogonality", "pause_s", b"pause_s", "samples", b"samples", "scale", b"scale", "sqr_norm", b"sqr_norm", "step", b"step", "step_seconds", b"step_seconds", "tau", b"tau", "variance", b"variance"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_lr", b"base_lr", "effective_lr", b"effective_lr", "epoch", b"epoch", "gain", b"gain", "generation", b"generation", "generation_first_tau", b"generation_first_tau", "generation_gain_sum", b"generation_gain_sum", "generation_steps", b"generation_steps", "loss", b"loss", "orthogonality", b"orthogonality", "pause_s", b"pause_s", "samples", b"samples", "scale", b"scale", "sqr_norm", b"sqr_norm", "step", b"step", "step_seconds", b"step_seconds", "tau", b"tau", "variance", b"variance"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

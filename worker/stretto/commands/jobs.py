@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
@@ -19,6 +20,7 @@ from stretto_proto.v1 import jobs_pb2, types_pb2
 
 from stretto.channel import DEFAULT_ENDPOINT, ENDPOINT_VARIABLE
 from stretto.client import JobsClient
+from stretto.commands.job_spec import job_spec
 from stretto.commands.job_tables import (
     events_table,
     generations_table,
@@ -65,6 +67,11 @@ class Mode(StrEnum):
     OFF = "off"
     RECOMMEND = "recommend"
     ACT = "act"
+
+
+class Reconfigure(StrEnum):
+    IN_PROCESS = "in-process"
+    RESTART = "restart"
 
 
 class Goal(StrEnum):
@@ -119,6 +126,37 @@ def show(
     """Show one job: its figures, its best size and why, its nodes."""
     with _client(endpoint) as client:
         _show(lambda: client.get(job), job_view, as_json, interval if watch else None)
+
+
+@app.command()
+def create(
+    name: Annotated[str, typer.Argument(help="The new job's name.", show_default=False)],
+    min_nodes: Annotated[int | None, typer.Option(help="It trains with so few.", show_default=False)] = None,
+    max_nodes: Annotated[int | None, typer.Option(help="And with so many. Default: the minimum.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="How many it should have now. Default: the maximum.")] = None,
+    mode: Annotated[Reconfigure | None, typer.Option(help="Default: in-process.", show_default=False)] = None,
+    base_batch_size: Annotated[int | None, typer.Option(help="Which the schedule was written for.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples of a worker's step.")] = None,
+    global_batch_size: Annotated[int | None, typer.Option(help="Samples of all workers' step, instead.")] = None,
+    target_tau: Annotated[float | None, typer.Option(help="Training ends there.")] = None,
+    spec: Annotated[Path | None, typer.Option(help="The same, from a JSON file; options overrule it.")] = None,
+    endpoint: Endpoint = None,
+    as_json: AsJson = False,
+) -> None:
+    """Create a job before any node comes. Who comes later must ask for the same; what is not said here, they say."""
+    options = {
+        "min_nodes": min_nodes,
+        "max_nodes": max_nodes,
+        "desired_nodes": nodes,
+        "mode": mode.value if mode else None,
+        "base_batch_size": base_batch_size,
+        "batch_size": batch_size,
+        "global_batch_size": global_batch_size,
+        "target_tau": target_tau,
+    }
+    with _client(endpoint) as client:
+        wanted, desired_nodes = job_spec(spec, options)
+        _print_job(client.create(name, wanted, desired_nodes=desired_nodes), as_json)
 
 
 @app.command()

@@ -28,6 +28,8 @@ JOB = "demo"
 TARGET_TAU = 2000
 ALLOWED_LOSS_OF_ACCURACY = 0.02
 _SCRIPT = ("-m", "stretto.demo.train")
+_REMOVE_LIMIT_S = 10.0
+_REMOVE_INTERVAL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,9 +216,11 @@ def run_demo(*, keep: bool, plain: bool, settings: DemoSettings | None = None) -
     """Tell the story; returns the exit code: 0 if the accuracy is what one worker would have reached."""
     # Where nobody's terminal sets the width, tables need more than the usual 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True)
-    directory = Path(tempfile.mkdtemp(prefix="stretto-demo-"))
     with ExitStack() as stack:
-        stack.enter_context(_sigterm_as_exit())
+        stack.enter_context(_signals_as_exit())
+        directory = Path(tempfile.mkdtemp(prefix="stretto-demo-"))
+        remove = stack.enter_context(ExitStack())
+        remove.callback(_remove, directory)
         screen = Screen(console, plain=plain, target_tau=TARGET_TAU)
         demo = Demo(directory, screen, settings or DemoSettings())
         stack.callback(demo.close)
@@ -229,11 +233,20 @@ def run_demo(*, keep: bool, plain: bool, settings: DemoSettings | None = None) -
             code = _conclude(console, demo, client)
         except Fatal as error:
             console.print(f"[red]the demonstration failed:[/] {error}", highlight=False, markup=True)
+            # For its logs.
+            remove.pop_all()
             return 1
         if keep:
             _serve_until_interrupt(console, demo, controller.url)
-        shutil.rmtree(directory, ignore_errors=True)
         return code
+
+
+def _remove(directory: Path) -> None:
+    """What was just killed may still be writing there."""
+    until_s = time.monotonic() + _REMOVE_LIMIT_S
+    while directory.exists() and time.monotonic() < until_s:
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(_REMOVE_INTERVAL_S)
 
 
 def _conclude(console: Console, demo: Demo, client: JobsClient) -> int:
@@ -273,14 +286,20 @@ def _serve_until_interrupt(console: Console, demo: Demo, url: str) -> None:
 
 
 @contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C does, so that nothing is left running."""
+def _signals_as_exit() -> Iterator[None]:
+    """SIGTERM, and a terminal that is closed, unwind as Ctrl-C does; further ones do not disturb the tidying up."""
+    own = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # nohup, and a shell that starts it in the background, have some ignored.
+    numbers = [number for number in own if signal.getsignal(number) is not signal.SIG_IGN]
 
     def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    former = signal.signal(signal.SIGTERM, leave)
+    former = {number: signal.signal(number, leave) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from types import MappingProxyType, TracebackType
@@ -32,63 +30,6 @@ _log = logging.getLogger(__name__)
 
 # A peer that did not answer so often, one heartbeat after the other, is gone.
 _SILENCES = 3
-
-
-class StepClock:
-    """Who waits for whom: how long this worker has been at its own part of a step, or waiting for the others."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._durations_s: deque[float] = deque(maxlen=32)
-        self._running: dict[int, float] = {}
-        self._next = 0
-        self._began_s: float | None = None
-        self._free_s = 0.0
-
-    def step(self, now_s: float) -> None:
-        """A step begins; the one before, if there is one, has ended."""
-        with self._lock:
-            if self._began_s is not None:
-                self._durations_s.append(now_s - self._began_s)
-            self._began_s = self._free_s = now_s
-
-    def enter(self, now_s: float) -> None:
-        """A generation begins; its first step comes when its state is there."""
-        with self._lock:
-            self._free_s = now_s
-
-    def quiet_s(self, now_s: float) -> float:
-        """Seconds without a step or the end of an operation: also while torch itself talks to the others, unseen."""
-        with self._lock:
-            return now_s - self._free_s
-
-    def stop(self) -> None:
-        """No step is under way."""
-        with self._lock:
-            self._began_s = None
-            self._running.clear()
-
-    def begin(self, now_s: float) -> int:
-        """An operation of all ranks begins."""
-        with self._lock:
-            self._next += 1
-            self._running[self._next] = now_s
-            return self._next
-
-    def end(self, operation: int, now_s: float) -> None:
-        with self._lock:
-            self._running.pop(operation, None)
-            self._free_s = now_s
-
-    def read(self, now_s: float) -> tuple[float, float, float]:
-        """Seconds at its own part, seconds waiting, and the median of recent steps (each 0 if there is none)."""
-        with self._lock:
-            if self._running:
-                own_s, waiting_s = 0.0, now_s - min(self._running.values())
-            else:
-                own_s, waiting_s = (0.0 if self._began_s is None else now_s - self._free_s), 0.0
-            ordered = sorted(self._durations_s)
-        return max(own_s, 0.0), max(waiting_s, 0.0), ordered[len(ordered) // 2] if ordered else 0.0
 
 
 class Generation:
@@ -296,7 +237,7 @@ class Generation:
         started_s = time.monotonic()
         with self.guarded():
             optimizer.set_agreement([*self.wishes(), loss * samples, float(samples)])
-            base_lr = tuple(float(group["lr"]) for group in optimizer.param_groups)
+            base_lr, tau_before = tuple(float(group["lr"]) for group in optimizer.param_groups), optimizer.tau
             optimizer.step()
         optimizer.zero_grad()
         *agreed, loss_sum, used = optimizer.agreed
@@ -304,6 +245,7 @@ class Generation:
         figures = StepFigures(
             step=self._session.state.version.step + 1,
             tau=optimizer.tau,
+            tau_before=tau_before,
             gain=optimizer.gain,
             scale=optimizer.scale,
             loss=loss_sum / used if used else 0.0,
@@ -334,7 +276,8 @@ class Generation:
         return [int(value) for value in values]
 
     def leave(self) -> None:
-        """Go on to the next generation; all ranks have agreed on it."""
+        """Go on to the next generation; all ranks have agreed on it. Its last step is reported as one of this."""
+        self.commit()
         self._clock.stop()
         self._session.ask(failed=False)
 

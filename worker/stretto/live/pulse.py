@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 from stretto_proto.v1 import training_pb2 as pb
 
-from stretto.live.generation import Generation, StepClock
+from stretto.live.generation import Generation
 from stretto.live.settings import LiveSettings
 from stretto.live.state import LiveState
+from stretto.live.step_clock import StepClock
 from stretto.progress_report import StepFigures
 from stretto.stream import ReconnectingStream
 

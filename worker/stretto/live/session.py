@@ -21,10 +21,11 @@ from stretto.channel import ENDPOINT_VARIABLE, parse_endpoints
 from stretto.checkpoint.background import Failed, Saved
 from stretto.errors import Fatal
 from stretto.group import BuildFailed, GroupLife, Member, Plan, Superseded, nccl
-from stretto.live.generation import Generation, StepClock
+from stretto.live.generation import Generation
 from stretto.live.pulse import Pulse
 from stretto.live.settings import GivenUp, LiveSettings
 from stretto.live.state import LiveIdentity, LiveState, OnSigterm
+from stretto.live.step_clock import StepClock
 from stretto.process import AGENT_PID_VARIABLE, die_with_agent, end_without_teardown
 from stretto.progress_report import StepFigures
 from stretto.rendezvous.sign_in import sign_in
