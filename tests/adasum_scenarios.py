@@ -59,6 +59,7 @@ def work(rank: int) -> dict[str, Any]:
         "disagreeing": disagreeing(rank),
         "scaler": hooked_with_scaler(rank),
     }
+    results["subgroup"] = subgroup(rank, world_size)
     if world_size == 4:
         results["nodes"] = hooked(rank, world_size, leaves=((0, 1), (2, 3)))
     return results
@@ -85,6 +86,15 @@ def collectives(rank: int, world_size: int) -> dict[str, Any]:
     adasum.all_reduce_(many)
     found["many"] = [torch.cat(many), torch.full((sum(map(len, many)),), (world_size + 1) / 2)]
     return found
+
+
+def subgroup(rank: int, world_size: int) -> Tensor:
+    """What the first rank and the last make of it, in a group of their own."""
+    group = torch.distributed.new_group([0, world_size - 1])
+    mine = torch.full((5,), float(rank))
+    if rank in (0, world_size - 1):
+        adasum.all_reduce_([mine], group)
+    return mine
 
 
 DDP: dict[str, dict[str, Any]] = {
@@ -282,9 +292,11 @@ def disagreeing(rank: int) -> list[str]:
         [torch.zeros(3 if rank else 4)],
         [torch.zeros(3, dtype=torch.float32 if rank else torch.float64)],
         [torch.zeros(3).to_sparse() if rank else torch.zeros(3)],
+        [None if rank else torch.zeros(3)],
+        torch.zeros(3) if rank else [torch.zeros(3)],
     ):
         with pytest.raises(ValueError) as error:
-            adasum.all_reduce_(tensors)
+            adasum.all_reduce_(tensors)  # type: ignore[arg-type]  # the point
         messages.append(str(error.value))
     embedding = nn.Embedding(4, 2, sparse=True)
     optimizer = adasum.DeltaOptimizer(torch.optim.SGD(embedding.parameters(), lr=LR))

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from ddp_corners import CORNERS
 from ddp_loop import ALONE, SIZE, Loop, ddp
 from gain_oracle import GainOracle
 from rank_scenarios import batch_of
@@ -369,6 +370,7 @@ VARIANTS: dict[str, Callable[[], None]] = {
         adamscale_measures_the_buckets_as_adam_scales_them,
         the_state_goes_on_at_another_world_size,
         two_ranks_then_one_then_two,
+        *CORNERS,
     )
 } | {
     "autocast_bf16": autocast(torch.bfloat16),

@@ -130,6 +130,7 @@ def test_an_unknown_state_is_refused_and_changes_nothing() -> None:
     changes: list[tuple[dict[str, Any], str]] = [
         ({"adascale": {**state["adascale"], "format_version": 7}}, "format version 7"),
         ({"adascale": None}, "another optimizer"),
+        ({"adascale": 5}, "another optimizer"),
         ({"adascale": {**state["adascale"], "estimator": {}}}, "format version None"),
     ]
     for change, message in changes:
@@ -257,6 +258,14 @@ def test_warmup_follows_tau() -> None:
     assert rates == pytest.approx([1.0, 1.75, 2.5, 3.25, 4.0, 4.0])
 
 
+def test_sizes_may_be_numpys_whole_numbers() -> None:
+    model = make_model()
+    ada = make(model, base_batch_size=np.int64(4), batch_size=np.int32(8))
+    take_step(ada, model, [make_batch(8, 0)])
+    assert ada.scale == 2.0
+    json.dumps(ada.state_dict()["adascale"])
+
+
 def bad_constructions() -> dict[str, tuple[Callable[[], Any], str]]:
     model = make_model()
     inner = torch.optim.SGD(model.parameters(), lr=LR)
@@ -287,6 +296,7 @@ def bad_constructions() -> dict[str, tuple[Callable[[], Any], str]]:
         "plateau": (build(scheduler=plateau), "follows a metric"),
         "closures": (build(optimizer=lbfgs), "evaluates its closure several times"),
         "rule": (build(rule="best"), "rule is 'best'"),
+        "no model": (lambda: AdaScale(inner, None, base_batch_size=4), "model is a NoneType"),  # type: ignore[arg-type]  # on purpose
     }
 
 

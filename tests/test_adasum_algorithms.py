@@ -283,6 +283,15 @@ def test_nodes_are_averaged_before_they_are_combined() -> None:
         torch.testing.assert_close(found, adasum.pair(pair, means[2], 3, 2), rtol=1e-12, atol=1e-12)
 
 
+def test_one_node_alone_is_averaged() -> None:
+    rows = gradients(3, "normal", torch.float64)
+    results, statistics, _ = reduced(rows, "gram", leaves=((0, 1, 2),))
+    for layer, found in enumerate(results[0]):
+        mean = torch.stack([row[layer] for row in rows]).mean(dim=0)
+        torch.testing.assert_close(found, mean, rtol=1e-12, atol=1e-14)
+        assert statistics[0].result_sqr_norms[layer] == pytest.approx(float(mean.square().sum()))
+
+
 def test_ranks_are_taken_in_the_order_that_is_given() -> None:
     rows = gradients(5, "normal", torch.float64)
     order = (3, 1, 4, 0, 2)

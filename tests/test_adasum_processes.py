@@ -15,6 +15,9 @@ from stretto import adasum
 from torch.multiprocessing.spawn import spawn
 from toy_regression import backward, loss_of, make_model
 
+# Five ranks do all their work in a fixture, on however many cores.
+pytestmark = pytest.mark.timeout(400)
+
 
 @pytest.fixture(scope="module", params=[2, 3, 4, 5])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
@@ -89,6 +92,19 @@ def test_disagreement_is_one_error_on_every_rank(ranks: list[dict[str, Any]]) ->
         assert f"the ranks disagree on the {trait}" in messages.pop()
     assert "cannot take part" in ranks[0]["disagreeing"][3]
     assert "sparse" in ranks[1]["disagreeing"][3]
+
+
+def test_what_is_no_list_of_tensors_is_an_error_on_every_rank(ranks: list[dict[str, Any]]) -> None:
+    for position, words in ((4, "tensor 0 is None; give a tensor, zeros"), (5, "tensors is a single tensor")):
+        assert "cannot take part" in ranks[0]["disagreeing"][position]
+        assert words in ranks[1]["disagreeing"][position]
+
+
+def test_groups_of_some_ranks_combine_theirs_alone(ranks: list[dict[str, Any]]) -> None:
+    """One of the two has zeros, so the other's values are the result."""
+    last = len(ranks) - 1
+    for rank, each in enumerate(ranks):
+        assert torch.equal(each["subgroup"], torch.full((5,), float(last if rank == 0 else rank)))
 
 
 def test_without_torch_distributed_there_is_one_rank(tmp_path: Path) -> None:

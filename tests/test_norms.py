@@ -22,3 +22,10 @@ def test_squared_norms_neither_vanish_nor_overflow_in_single_precision() -> None
     assert norms.sqr_norm(torch.full((10,), 1e30)) == pytest.approx(1e61, rel=1e-5)
     assert norms.sqr_norm(torch.full((10,), 60000.0, dtype=torch.float16)) == pytest.approx(3.6e10, rel=1e-3)
     assert norms.sqr_norm(torch.empty(0)) == 0.0
+
+
+def test_complex_gradients_count_by_their_real_and_imaginary_parts() -> None:
+    tensor = torch.complex(torch.tensor([1.0, 2.0]), torch.tensor([3.0, -4.0]))
+    assert norms.sqr_norm(tensor) == pytest.approx(30.0)
+    assert norms.finite_mark(tensor) == 0.0
+    assert norms.finite_mark(tensor * float("inf")) != 0.0

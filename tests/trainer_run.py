@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ from stretto.trainer_settings import TrainerSettings
 from torch.utils.data import TensorDataset
 
 SAMPLES = 50
+OPTIMIZERS: dict[str, Callable[[list[torch.nn.Parameter], float], torch.optim.Optimizer]] = {
+    "momentum": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
+    "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr),
+    "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr),
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Plan:
     dropout: float = 0.0
     rule: str = "adascale"
     lr: float = 0.05
+    optimizer: str = "momentum"
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -46,7 +53,7 @@ def make_trainer(plan: Plan, dataset: Any = None) -> ElasticTrainer:
     torch.manual_seed(int(os.environ.get("RANK", "0")))  # ranks differ on purpose: rank 0's weights count
     layers = [torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Dropout(plan.dropout), torch.nn.Linear(8, 1)]
     model = torch.nn.Sequential(*layers).double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=plan.lr, momentum=0.9)
+    optimizer = OPTIMIZERS[plan.optimizer](list(model.parameters()), plan.lr)
     return ElasticTrainer(
         model,
         optimizer,

@@ -33,13 +33,16 @@ def test_the_world_goes_from_2_to_3_to_5_to_4_with_kills_between(
         job.start("n0")
         job.start("n1")
         generation = agents.wait_for_steps("n0", "n1", world_size=2)
-        # Killed where the shards of the gradients (or moves) are under way, and where the results are.
+        # Two ranks exchange gradients (or moves) whole, by broadcasts; three first their shards and then the results.
+        job.inject("n1", "broadcast", "KILL")
+        job.struck("n1")
+        generation = agents.wait_for_steps("n0", "n1", world_size=2, newer_than=generation)
+        job.start("n2")
+        generation = agents.wait_for_steps("n0", "n1", "n2", world_size=3, newer_than=generation)
         for point in ("all_to_all", "broadcast"):
             job.inject("n1", point, "KILL")
             job.struck("n1")
-            generation = agents.wait_for_steps("n0", "n1", world_size=2, newer_than=generation)
-        job.start("n2")
-        generation = agents.wait_for_steps("n0", "n1", "n2", world_size=3, newer_than=generation)
+            generation = agents.wait_for_steps("n0", "n1", "n2", world_size=3, newer_than=generation)
         ratios = _ratios(controller)
         agents.signal("n2", signal.SIGTERM)
         generation = agents.wait_for_steps("n0", "n1", world_size=2, newer_than=generation)

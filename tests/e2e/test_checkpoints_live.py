@@ -13,7 +13,8 @@ import pytest
 from harness.agents import Agents
 from harness.controller import ControllerProcess
 from harness.live_job import LiveJob
-from stretto.checkpoint import Checkpointer
+from stretto.checkpoint import Catalogue, Checkpointer
+from stretto.checkpoint.store import Store
 from stretto.client import JobsClient
 
 pytestmark = pytest.mark.e2e
@@ -90,3 +91,20 @@ def test_a_job_that_shrinks_to_its_minimum_is_saved(tmp_path: Path) -> None:
         agents.kill_node("n1")
         generation = agents.wait_for_steps("n0", world_size=1, newer_than=generation)
         job.until(lambda: client.get("job").checkpoint.generation >= generation, "the last node's state was not saved")
+
+
+@pytest.mark.timeout(300)
+def test_what_was_asked_for_is_saved_although_the_loop_is_left(tmp_path: Path) -> None:
+    with (
+        ControllerProcess(tmp_path) as controller,
+        Agents(tmp_path / "agents", controller.grpc, nnodes="2:2") as agents,
+    ):
+        job = LiveJob(tmp_path, controller, agents, checkpoint_steps=10**6, leave_at=7)
+        for name in ("n0", "n1"):
+            job.start(name)
+        catalogue = Catalogue(Store(tmp_path / "checkpoints"))
+        job.until(lambda: any(map(catalogue.committed, catalogue.newest_first())), "nothing was saved")
+        (saved,) = catalogue.newest_first()
+        assert saved.step == 7
+        assert catalogue.verify(saved)
+        assert catalogue.manifest(saved).world_size == 2

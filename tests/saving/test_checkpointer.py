@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -252,6 +253,16 @@ def test_another_jobs_folder_is_refused(tmp_path: Path) -> None:
     assert names(tmp_path) == before
 
 
+def test_a_damaged_claim_is_no_invitation(tmp_path: Path) -> None:
+    Checkpointer(tmp_path, job="digits").save({"x": 1}, step=1)
+    for spoiled in (b'{"job": "digits', b"\xff", b"[]"):
+        (tmp_path / "job.json").write_bytes(spoiled)
+        with pytest.raises(Conflict, match="job digits"):
+            Checkpointer(tmp_path, job="letters").save({"x": 2}, step=2)
+    Checkpointer(tmp_path, job="digits").save({"x": 2}, step=2)
+    assert b"digits" in (tmp_path / "job.json").read_bytes()
+
+
 def test_two_runs_in_one_folder_notice_each_other(tmp_path: Path) -> None:
     ours, theirs = Checkpointer(tmp_path), Checkpointer(tmp_path)
     ours.save({"x": 1}, step=1)
@@ -287,8 +298,8 @@ def test_failed_saves_are_warnings_until_there_are_too_many(tmp_path: Path, capl
     assert len(names(tmp_path)) == 1, "what was written of the others is gone"
 
 
-def test_a_file_system_that_is_really_full_is_said_to_be(tmp_path: Path) -> None:
-    """/dev/full takes nothing; a folder with that file in a share's place is as near as an ordinary user comes."""
+def test_a_device_that_takes_nothing_is_said_to_be_full(tmp_path: Path) -> None:
+    """/dev/full takes nothing; that device in a share's place is as near as an ordinary user comes."""
     store = Meddling(tmp_path, ".safetensors", lambda: None)
     checkpointer = with_store(store)
 
@@ -300,6 +311,45 @@ def test_a_file_system_that_is_really_full_is_said_to_be(tmp_path: Path) -> None
     store._write_local = redirect  # type: ignore[method-assign]  # the one call that reaches the disk
     with pytest.raises(CheckpointFailed, match="no space left"):
         checkpointer.save({"x": torch.ones(3)}, step=1)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 160 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a file system that fills up takes the right to mount one: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_at_any_point_of_a_save_keeps_what_it_had(small_disk: Path) -> None:
+    first = Checkpointer(small_disk, job="digits").save({"x": torch.ones(1000)}, step=1)
+    filler, outcomes = small_disk / "filler", []
+    for free in range(20):
+        filler.write_bytes(b"")
+        room = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize
+        filler.write_bytes(bytes(room - 4096 * free))
+        checkpointer = Checkpointer(small_disk, job="digits", settings=CheckpointSettings(part_bytes=5000))
+        checkpointer.begin({"x": torch.zeros(8000)}, step=2)
+        checkpointer.wait()
+        outcome = checkpointer.poll()
+        if isinstance(outcome, Failed):
+            assert "no space left" in outcome.reason, f"with {free} free pages"
+            info = Checkpointer(small_disk).load_latest({"x": None})
+            assert info is not None
+            assert (info.path, info.passed_over) == (first, ())
+        else:
+            assert outcome is not None
+            assert checkpointer.verify(outcome.path)
+            shutil.rmtree(outcome.path)
+        outcomes.append(type(outcome).__name__)
+    assert set(outcomes) == {"Failed", "Saved"}
+    assert outcomes == sorted(outcomes), "from some room on it fits"
 
 
 def test_a_file_that_may_not_grow_is_said_to_be_limited(tmp_path: Path) -> None:
@@ -482,3 +532,17 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
         checkpointer.save({}, step=1, generation=10**10)
     with pytest.raises(ValueError, match="is no checkpoint"):
         checkpointer.verify(tmp_path / "x")
+
+
+def test_memory_that_was_prepared_is_what_the_first_save_uses(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path)
+    state = {"x": torch.arange(100_000.0), "y": torch.ones(7)}
+    checkpointer.prepare(state)
+    checkpointer._staging._await_memory()
+    prepared = checkpointer._staging._buffer.data_ptr()
+    checkpointer.prepare(state)
+    checkpointer.save(state, step=1)
+    assert checkpointer._staging._buffer.data_ptr() == prepared
+    loaded: dict[str, Any] = dict.fromkeys(state)
+    assert Checkpointer(tmp_path).load_latest(loaded) is not None
+    assert same(loaded, state)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from saving.ranks import on_ranks
+from saving.stores import Meddling, with_store
 from saving.training import WAYS, damage, train, training_state
 from stretto.checkpoint import Checkpointer, CheckpointFailed, CheckpointSettings
 from xxhash import xxh3_64_hexdigest
@@ -161,3 +162,113 @@ def test_another_format_is_refused_by_its_number(tmp_path: Path) -> None:
     whole["xxh3"] = xxh3_64_hexdigest(json.dumps(whole, sort_keys=True).encode())
     (path / "manifest.json").write_text(json.dumps(whole))
     assert "format version 3; this release reads 2" in Checkpointer(tmp_path).verify(path).reason
+
+
+def test_what_the_disk_made_of_it_is_read_before_an_older_one_goes(tmp_path: Path) -> None:
+    """A disk that says that it has written what it has not: the checkpoint before stays, the save fails."""
+    first = Checkpointer(tmp_path, keep=1).save({"x": torch.ones(50)}, step=1)
+    store = Meddling(tmp_path, ".safetensors", lambda: damage(_shares(tmp_path)[-1], "flip a bit"), after=True)
+    checkpointer = with_store(store, keep=1)
+    checkpointer.load_latest({"x": None})
+    with pytest.raises(CheckpointFailed, match=r"no checkpoint of step 2: .*does not match its checksum"):
+        checkpointer.save({"x": torch.zeros(50)}, step=2)
+    info = Checkpointer(tmp_path).load_latest({"x": None})
+    assert info is not None
+    assert (info.path, info.passed_over) == (first, ())
+
+
+def test_where_nothing_is_to_go_nothing_is_read_again(tmp_path: Path) -> None:
+    store = Meddling(tmp_path, ".safetensors", lambda: damage(_shares(tmp_path)[-1], "flip a bit"), after=True)
+    first = Checkpointer(tmp_path).save({"x": torch.ones(50)}, step=1)
+    with_store(store).save({"x": torch.zeros(50)}, step=2)
+    info = Checkpointer(tmp_path).load_latest({"x": None})
+    assert info is not None
+    assert (info.path, len(info.passed_over)) == (first, 1)
+
+
+def _shares(folder: Path) -> list[Path]:
+    return sorted(folder.glob("generation-*/*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda body: body.update(world_size=0),
+        lambda body: body.update(world_size="two"),
+        lambda body: body.update(world_size=10**12),
+        lambda body: body.update(tau="high"),
+        lambda body: body.update(job=None),
+        lambda body: body.update(step=-1),
+        lambda body: body.update(files={"../../etc/passwd": {"size_bytes": 1, "xxh3": ""}}),
+        lambda body: body.update(files=[]),
+        lambda body: body.update(more=1),
+    ],
+)
+def test_a_crafted_manifest_is_refused(change: Any, tmp_path: Path) -> None:
+    good = Checkpointer(tmp_path).save({"x": torch.ones(5)}, step=1)
+    path = Path(Checkpointer(tmp_path).save({"x": torch.ones(5)}, step=2))
+    body = json.loads((path / "manifest.json").read_bytes())
+    del body["xxh3"]
+    change(body)
+    body["xxh3"] = xxh3_64_hexdigest(json.dumps(body, sort_keys=True).encode())
+    (path / "manifest.json").write_text(json.dumps(body))
+    info = Checkpointer(tmp_path).load_latest({"x": None})
+    assert info is not None
+    assert (info.path, len(info.passed_over)) == (good, 1)
+    assert "manifest.json" in info.passed_over[0].reason
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "rank-00000.json"])
+@pytest.mark.parametrize("text", [b"[" * 200_000, b"null", b"3", b"{}", b"\xff\xfe"])
+def test_json_of_another_kind_is_refused(file: str, text: bytes, tmp_path: Path) -> None:
+    path = Path(Checkpointer(tmp_path).save({"x": 1}, step=1))
+    if file == "manifest.json":
+        (path / file).write_bytes(text)
+    else:
+        whole = json.loads((path / "manifest.json").read_bytes())
+        whole["files"][file] = {"size_bytes": len(text), "xxh3": xxh3_64_hexdigest(text)}
+        del whole["xxh3"]
+        whole["xxh3"] = xxh3_64_hexdigest(json.dumps(whole, sort_keys=True).encode())
+        (path / "manifest.json").write_text(json.dumps(whole))
+        (path / file).write_bytes(text)
+    with pytest.raises(CheckpointFailed, match=f"is whole.*{file} cannot be read"):
+        Checkpointer(tmp_path).load_latest({"x": None})
+
+
+def test_parts_that_overlap_are_refused(tmp_path: Path) -> None:
+    """Their sizes make up the tensor, but some of it would be whatever was in memory."""
+    settings = CheckpointSettings(part_bytes=20)
+    path = Path(Checkpointer(tmp_path, settings=settings).save({"x": torch.arange(10.0)}, step=1))
+    _rewritten(path, lambda body: body["chunks"][1].update(offsets=body["chunks"][0]["offsets"]))
+    with pytest.raises(CheckpointFailed, match="parts of x overlap"):
+        Checkpointer(tmp_path).load_latest({"x": None})
+
+
+def test_what_is_no_folder_is_passed_over(tmp_path: Path) -> None:
+    good = Checkpointer(tmp_path).save({"x": 1}, step=1)
+    newer = Path(good.replace("step-000000000001", "step-000000000002"))
+    newer.write_bytes(b"not a folder")
+    checkpointer = Checkpointer(tmp_path)
+    info = checkpointer.load_latest({"x": None})
+    assert info is not None
+    assert info.path == good
+    assert "manifest.json is missing" in info.passed_over[0].reason
+    checkpointer.save({"x": 2}, step=3)
+
+
+def test_another_optimizers_groups_are_listed_before_anything_is_loaded(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    weights = model.weight.detach().clone()
+    Checkpointer(tmp_path).save(
+        {"model": torch.nn.Linear(2, 2), "optimizer": torch.optim.SGD(model.parameters())}, step=1
+    )
+    fewer = torch.optim.SGD([model.weight])
+    more = torch.optim.SGD([{"params": [model.weight]}])
+    more.add_param_group({"params": [model.bias]})
+    for optimizer, line in [
+        (fewer, r"optimizer.param_groups\[0\]: 1 parameters here, 2 in the checkpoint"),
+        (more, "optimizer.param_groups: 2 here, 1 in the checkpoint"),
+    ]:
+        with pytest.raises(ValueError, match=line):
+            Checkpointer(tmp_path).load_latest({"model": model, "optimizer": optimizer})
+    assert torch.equal(model.weight, weights)

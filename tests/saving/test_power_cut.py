@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,18 +70,20 @@ class Recorder:
         self.root = root
         self.disk = Disk()
         self.history: list[Disk] = []
+        self._one_at_a_time = threading.RLock()  # files are written by several threads
         for name in ("fsync", "replace", "unlink", "mkdir", "makedirs", "remove", "rmdir"):
             monkeypatch.setattr(os, name, self._recorded(name, getattr(os, name)))
 
     def _recorded(self, name: str, real: Any) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
-            before = self._look()
-            result = real(*arguments, **options)
-            self._note(before, self._look())
-            if name == "fsync":
-                self._synced(os.readlink(f"/proc/self/fd/{arguments[0]}"))
-            self._keep()
-            return result
+            with self._one_at_a_time:
+                before = self._look()
+                result = real(*arguments, **options)
+                self._note(before, self._look())
+                if name == "fsync":
+                    self._synced(os.readlink(f"/proc/self/fd/{arguments[0]}"))
+                self._keep()
+                return result
 
         return call
 

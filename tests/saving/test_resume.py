@@ -13,38 +13,47 @@ SAVED_AT = 20
 CHECKED = 50
 
 
-def test_the_next_50_losses_at_another_world_size_are_those_of_an_undisturbed_run(tmp_path: Path) -> None:
-    plan = Plan(target_tau=200.0, global_batch_size=12, batch_size=5, base_batch_size=12, rule="identity")
+@pytest.mark.parametrize(("rule", "optimizer"), [("adascale", "momentum"), ("adascale", "adam"), ("identity", "adamw")])
+def test_the_next_50_losses_at_another_world_size_are_those_of_an_undisturbed_run(
+    rule: str, optimizer: str, tmp_path: Path
+) -> None:
+    """Saved by 2, gone on with by 3, and then by one. At S = 1, where AdaScale's gain is 1 at any number of workers."""
+    plan = Plan(
+        target_tau=200.0,
+        global_batch_size=10,  # every batch is whole: the last of an epoch would have another S
+        batch_size=4,
+        base_batch_size=10,
+        rule=rule,
+        optimizer=optimizer,
+        lr=0.02,
+    )
     undisturbed, _ = train(replace(plan, steps=SAVED_AT + 2 * CHECKED))
     saving = replace(plan, checkpoint=str(tmp_path / "checkpoints"), save=True)
-    train_on_ranks(replace(saving, steps=SAVED_AT), 3, tmp_path)
-    second, _ = train_on_ranks(replace(saving, steps=CHECKED), 2, tmp_path)
-    third, _ = train(replace(saving, steps=CHECKED))
-    for resumed, expected in zip([*second, *third], undisturbed[SAVED_AT:], strict=True):
+    train_on_ranks(replace(saving, steps=SAVED_AT), 2, tmp_path)
+    more, _ = train_on_ranks(replace(saving, steps=CHECKED), 3, tmp_path)
+    fewer, _ = train(replace(saving, steps=CHECKED))
+    for resumed, expected in zip([*more, *fewer], undisturbed[SAVED_AT:], strict=True):
         assert (resumed.step, resumed.tau, resumed.samples) == (expected.step, expected.tau, expected.samples)
+        assert resumed.effective_lr == expected.effective_lr
         assert resumed.loss == pytest.approx(expected.loss, rel=1e-5)
 
 
 @pytest.mark.e2e
 @pytest.mark.timeout(300)
-def test_a_state_goes_through_fsdp_ddp_and_one_process_at_other_sizes(tmp_path: Path) -> None:
-    """Saved by 3 ranks of FSDP2, gone on with by 4 of HSDP, 2 of DDP, 8 of FSDP2 and one process."""
-    state = make_state("plain", 1)
-    expected = [step(state, number, 0, 1) for number in range(110)]
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+def test_a_state_goes_through_fsdp_ddp_and_one_process_at_other_sizes(optimizer: str, tmp_path: Path) -> None:
+    """Saved by 3 ranks of FSDP2, gone on with by 4 of HSDP, 2 of DDP, 8 of FSDP2 and one process, 50 steps each."""
+    state = make_state("plain", 1, optimizer)
+    expected = [step(state, number, 0, 1) for number in range(SAVED_AT + 4 * CHECKED)]
     folder, at = tmp_path / "checkpoints", 0
-    for mode, world_size, steps in [
-        ("fsdp", 3, 20),
-        ("hsdp", 4, 20),
-        ("ddp", 2, 10),
-        ("fsdp", 8, 50),
-        ("plain", 1, 10),
-    ]:
+    for mode, world_size in [("fsdp", 3), ("hsdp", 4), ("ddp", 2), ("fsdp", 8), ("plain", 1)]:
         assert BATCH % world_size == 0
-        found = on_processes(mode, world_size, folder, (at, at + steps), save=True)
+        steps = (at, at + (CHECKED if at else SAVED_AT))
+        found = on_processes(mode, world_size, folder, steps, save=True, optimizer=optimizer)
         assert found["resumed"] == at, f"{mode} on {world_size}"
         for number, loss in enumerate(found["losses"], start=at):
             assert loss == pytest.approx(expected[number], rel=1e-5), f"{mode} on {world_size}, step {number}"
-        at += steps
+        at = steps[1]
 
 
 @pytest.mark.e2e

@@ -46,7 +46,7 @@ class News:
     def train(self, first: int, last: int) -> None:
         """Steps as the trainer takes them."""
         for step in range(first, last + 1):
-            self.saver.poll(step - 1, float(step - 1))
+            self.saver.poll(lambda: STATE, step=step - 1, tau=float(step - 1))
             if self.saver.due(step, float(step - 1)):
                 self.saver.start(STATE, step=step, tau=float(step))
 
@@ -71,7 +71,7 @@ def test_training_waits_for_a_save_that_takes_longer_than_the_interval(tmp_path:
     done = threading.Event()
 
     def poll() -> None:
-        news.saver.poll(10, 10.0)
+        news.saver.poll(lambda: STATE, step=10, tau=10.0)
         done.set()
 
     threading.Thread(target=poll, daemon=True).start()

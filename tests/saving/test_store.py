@@ -74,3 +74,16 @@ def test_large_files_are_read_whole_from_anywhere_whether_cached_or_not(tmp_path
             file.seek(len(data))
             assert not file.read(1)
         (tmp_path / "file").read_bytes()
+
+
+def test_new_folders_are_synced_into_those_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut would take a whole new tree along, were only its last folder's entry on disk."""
+    synced, fsync = [], os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    Store(tmp_path / "a" / "b" / "c").make("")
+    assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b", tmp_path / "a" / "b" / "c"} <= set(synced)

@@ -7,7 +7,7 @@ import random
 
 import pytest
 from stretto.checkpoint.name import CheckpointName
-from stretto.checkpoint.retention import Found, superfluous, to_verify
+from stretto.checkpoint.retention import Found, must_be_read, superfluous, to_verify
 from stretto.checkpoint.timetable import Interval, Moment, Timetable
 
 
@@ -83,8 +83,10 @@ def test_without_an_interval_nothing_is_ever_due() -> None:
     assert not Timetable(Interval()).due(Moment(1e9, 10**9, 1e9))
 
 
-def _found(step: int, *, tau: float = 0.0, whole: bool = True, verified: bool = False) -> Found:
-    return Found(CheckpointName(1, step, step), tau, whole or verified, verified)
+def _found(
+    step: int, *, tau: float = 0.0, whole: bool = True, verified: bool = False, read: bool | None = None
+) -> Found:
+    return Found(CheckpointName(1, step, step), tau, whole or verified, verified, verified if read is None else read)
 
 
 def _deleted(found: list[Found], keep: int, every: float | None = None) -> list[int]:
@@ -116,6 +118,25 @@ def test_as_many_are_read_as_have_to_be_right_before_something_goes() -> None:
     assert to_verify(found, keep=4) is None, "nothing can go"
     found[2] = _found(3, verified=True)
     assert to_verify(found, keep=2) is None
+
+
+def test_what_was_only_written_is_no_reason_to_delete_what_was_read() -> None:
+    found = [_found(step, verified=True, read=step == 2) for step in range(6)]
+    assert _deleted(found, keep=1) == [0, 1]
+    assert _deleted([_found(step, verified=True, read=False) for step in range(6)], keep=1) == []
+
+
+@pytest.mark.parametrize(("keep", "read"), [(1, [1, 2, 3, 4, 5, 6, 7]), (3, [3, 6]), (9, [])])
+def test_one_in_so_many_as_are_kept_is_read_again(keep: int, read: list[int]) -> None:
+    found: list[Found] = []
+    for step in range(8):
+        name = CheckpointName(1, step, step)
+        wanted = must_be_read(name, found, keep=keep, keep_every_tau=None)
+        assert wanted == (step in read)
+        found.append(_found(step, verified=True, read=wanted))
+        doomed = superfluous(found, keep=keep, keep_every_tau=None)
+        found = [each for each in found if each.name not in doomed]
+        assert len(found) == min(step + 1, keep)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -21,7 +21,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from stretto import learning_rate, rules
-from stretto.adascale_options import AdaScaleSettings, check_parameters, checked_optimizer, checked_rule, whole
+from stretto.adascale_options import (
+    AdaScaleSettings,
+    check_parameters,
+    checked_model,
+    checked_optimizer,
+    checked_rule,
+    whole,
+)
 from stretto.adasum.switch import check_optimizer, hook_for, scheduled
 from stretto.contributions import Contributions, make_contributions, world_size
 from stretto.ddp_norms import AllReduce, CommHook
@@ -109,8 +116,8 @@ class AdaScale(WrappedOptimizer):
         releases at once; it is never kept for the next one. Without it they go to torch, over the model's process
         group. A `comm_hook` starts its own.
         """
+        module = checked_model(model)
         self.unbind()
-        module = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
         self._model = weakref.ref(module)
         self._check_parameters(p for group in self._inner.param_groups for p in group["params"])
         if batch_size is not None:
@@ -251,12 +258,10 @@ class AdaScale(WrappedOptimizer):
         """Add this step's statistics up over the ranks; they are used up even when that fails."""
         contributions = self._bound()
         try:
-            sums = contributions.local_sums()
-            reduced = contributions.all_reduce(sums.encode(self._agreement))
+            totals = contributions.totals(self._agreement)
         finally:
             contributions.discard()
             contributions.attach()
-        totals = StepTotals.decode(reduced, world_size=self._world_size, problem=sums.problem)
         self._agreed = totals.agreed
         return totals
 
@@ -352,7 +357,7 @@ class AdaScale(WrappedOptimizer):
     def load_state_dict(self, d: dict[str, Any]) -> None:
         """Continue from a `state_dict()`, at any world size; what is refused changes nothing."""
         own = d.get("adascale")
-        if own is None:
+        if not isinstance(own, dict):
             raise ValueError(
                 'the state has no "adascale" entry, so another optimizer wrote it; to start AdaScale from it, '
                 "load it into the inner optimizer"

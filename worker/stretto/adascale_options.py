@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Integral
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -72,6 +73,16 @@ def checked_rule(rule: str | rules.Rule, optimizer: Optimizer, settings: AdaScal
     return chosen
 
 
+def checked_model(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the module that the loop trains, without torch.compile's wrapper, or say why it is none."""
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(
+            f"model is a {type(model).__name__}; allowed: the torch.nn.Module that the loop calls, in DDP or not"
+        )
+    module: torch.nn.Module = getattr(model, "_orig_mod", model)
+    return module
+
+
 def check_parameters(parameters: Iterable[Tensor], module: torch.nn.Module | None) -> None:
     """Raise ValueError unless the model has parameters and these are among them."""
     known = {id(p) for p in module.parameters()} if module is not None else set()
@@ -85,8 +96,8 @@ def check_parameters(parameters: Iterable[Tensor], module: torch.nn.Module | Non
         )
 
 
-def whole(name: str, value: int, *, minimum: int = 1) -> int:
-    """Return a whole number that is at least `minimum`, or say what was given."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+def whole(name: str, value: Any, *, minimum: int = 1) -> int:
+    """Return a whole number (NumPy's too) that is at least `minimum`, or say what was given."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise ValueError(f"{name} is {value!r}; allowed: whole numbers from {minimum}")
-    return value
+    return int(value)

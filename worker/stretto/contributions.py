@@ -14,8 +14,7 @@ from stretto.ddp_norms import AllReduce, CommHook, RankContributions
 from stretto.fsdp_norms import ShardContributions, is_sharded, sharded_world_size
 from stretto.measure import Sources
 from stretto.micro_batches import MicroBatchContributions
-from stretto.norms import SqrNorm
-from stretto.window import LocalSums, Window
+from stretto.window import StepTotals, Window
 
 
 class Contributions(Protocol):
@@ -33,11 +32,8 @@ class Contributions(Protocol):
     def announce(self, samples: int, total: int | None) -> None:
         """Note the next micro-batch's size."""
 
-    def local_sums(self) -> LocalSums:
-        """Return this rank's statistics since the last step."""
-
-    def all_reduce(self, values: list[SqrNorm]) -> list[float]:
-        """Return the sums over all ranks; one host read."""
+    def totals(self, agreement: Sequence[float]) -> StepTotals:
+        """Return the statistics since the last step, and what was agreed on, summed over all ranks; one host read."""
 
 
 def make_contributions(

@@ -2,7 +2,7 @@
 
 # Annotations stay objects here: DDP compares those of a communication hook with its own types.
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,9 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from stretto.measure import Sources
 from stretto.micro_batches import LeafHooks, micro_batch_weighted
 from stretto.norms import SqrNorm, sqr_norm_then_scale_, sum_sqr_norms
-from stretto.window import LocalSums, Window, to_vector
+from stretto.window import LocalSums, StepTotals, Window, to_vector
 
 CommHook = Callable[[Any, GradBucket], torch.futures.Future[Tensor]]
+LaidOut = tuple[Sequence[Tensor], Sequence[Tensor]]  # parameters, and their places in a bucket; empty: not needed
 
 
 class AllReduce(Protocol):
@@ -84,11 +85,58 @@ class RankContributions:
             counts = torch.tensor([float(samples)], dtype=torch.float64, device=self._device)
             self._counting = (self._all_reduce(counts, more=True), counts)
 
-    def local_sums(self) -> LocalSums:
+    def totals(self, agreement: Sequence[float]) -> StepTotals:
+        """Return the sums over all ranks since the last step: one collective, one host read."""
+        sums = self._local_sums()
+        vector = to_vector(sums.encode(agreement), self._device)
+        self._all_reduce(vector).wait()
+        return StepTotals.decode(vector.tolist(), world_size=self._window.world_size, problem=sums.problem)
+
+    def on_bucket(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """Take the norm of one bucket, weight it by this rank's share of the samples, and start its all-reduce."""
+        window, measure, buffer = self._window, self._measure, bucket.buffer()
+        if bucket.index() == 0:
+            self._begin_backward(buffer.device)
+        flat, last = measure.flat, bucket.is_last()
+        laid_out: LaidOut = ((), ()) if flat else (bucket.parameters(), bucket.gradients())
+        if window.samples == 0:
+            buffer.zero_()  # the mean over no samples is NaN
+        elif measure.active and flat:
+            self._local.append(sqr_norm_then_scale_(buffer, self._weight()))
+        else:
+            if measure.active:
+                self._local.append(measure.of_buffer(buffer, *laid_out))
+            buffer.mul_(self._weight())
+        if self._comm_hook is None:
+            future = self._all_reduce(buffer, more=not last)
+        else:
+            state, hook = self._comm_hook
+            future = hook(state, bucket)
+        # Not future.then(): its callbacks run in the process group's threads, which would contend for the GIL.
+        answer: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
+        self._pending.append((future, answer, laid_out))
+        if last:
+            self._end_backward()
+        return answer
+
+    def _end_backward(self) -> None:
+        """Take the norms of the reduced buckets and hand them back to DDP, which would wait for them now as well."""
+        for index, (future, answer, laid_out) in enumerate(self._pending):
+            value = future.wait()
+            result: Tensor = value[0] if isinstance(value, list | tuple) else value
+            mean = None if self._mean_sqr_norm is None else self._mean_sqr_norm(index)
+            if mean is None:
+                part, share = self._part_of(result)
+                mean = self._measure.of_buffer(part, *laid_out) * share
+            self._reduced.append(mean)
+            answer.set_result(result)
+        self._pending.clear()
+
+    def _local_sums(self) -> LocalSums:
         """Return this rank's statistics since the last step."""
         window, samples = self._window, self._window.samples
         total, shrink = float(window.denominator), 1.0 / (self._scale * self._scale)
-        own = sum_sqr_norms((self._carried, *_in_order(self._local)))
+        own = self._carried + sum_sqr_norms(self._local)
         if window.accumulation_steps > 1:
             # Micro-batches were weighted one by one: undo that to get the mean gradient over this rank's
             # samples.
@@ -98,66 +146,24 @@ class RankContributions:
             samples=samples if window.micro_batches else window.nominal_total // window.world_size,
             contributions=int(self._measure.active and samples > 0 and self._backwards > 0),
             weighted_sqr_norm=samples * own * shrink,
-            global_sqr_norm=sum_sqr_norms(_in_order(self._reduced)) * shrink,
+            global_sqr_norm=sum_sqr_norms(self._reduced) * shrink,
             denominator=total if self._reduced_total is None else 0.0,
             declared=window.total is not None,
             problem=window.problem or self._synchronisation_problem(),
         )
 
-    def all_reduce(self, values: list[SqrNorm]) -> list[float]:
-        """Return the sums over all ranks: one collective, one host read."""
-        vector = to_vector(values, self._device)
-        self._all_reduce(vector).wait()
-        sums: list[float] = vector.tolist()
-        return sums
-
-    def on_bucket(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        """Take the norms of one bucket around its all-reduce, and weight it by this rank's share of the samples."""
-        window, buffer, index = self._window, bucket.buffer(), bucket.index()
-        if index == 0:
-            self._begin_backward(buffer.device)
-        measure, weight = self._measure, self._weight()
-        if window.samples == 0:
-            buffer.zero_()  # the mean over no samples is NaN
-        elif measure.active and measure.flat:
-            self._local[index] = sqr_norm_then_scale_(buffer, weight)
-        else:
-            if measure.active:
-                self._local[index] = measure.of_buffer(buffer, bucket.parameters(), bucket.gradients())
-            buffer.mul_(weight)
-        if self._comm_hook is None:
-            future = self._all_reduce(buffer, more=not bucket.is_last())
-        else:
-            state, hook = self._comm_hook
-            future = hook(state, bucket)
-        part, share = self._part_of(buffer)
-        reduced = self._reduced  # a late answer to a backward that was given up must not reach the next one
-        laid_out: tuple[list[Tensor], list[Tensor]] = (
-            ([], []) if measure.flat else (bucket.parameters(), bucket.gradients())
-        )
-
-        def after(done: torch.futures.Future[Any]) -> Tensor:
-            value = done.value()
-            result: Tensor = value[0] if isinstance(value, list | tuple) else value
-            mean = None if self._mean_sqr_norm is None else self._mean_sqr_norm(index)
-            measured = result if part is None else result[part]
-            reduced[index] = measure.of_buffer(measured, *laid_out) * share if mean is None else mean
-            return result
-
-        chained: torch.futures.Future[Tensor] = future.then(after)
-        return chained
-
-    def _part_of(self, buffer: Tensor) -> tuple[slice | None, int]:
-        """What this rank measures of a reduced bucket (None: all), and how many such parts there are."""
+    def _part_of(self, buffer: Tensor) -> tuple[Tensor, int]:
+        """What this rank measures of a reduced bucket, and how many such parts there are."""
         window = self._window
         if self._comm_hook is not None or not self._measure.flat or window.accumulation_steps > 1 or buffer.is_sparse:
-            return None, 1  # not known to be the same on all ranks, or wanted as a whole, or without places
+            return buffer, 1  # not known to be the same on all ranks, or wanted as a whole, or without places
         elements, count = buffer.numel(), window.world_size
-        return slice(elements * self._rank // count, elements * (self._rank + 1) // count), count
+        return buffer[elements * self._rank // count : elements * (self._rank + 1) // count], count
 
     def _start(self) -> None:
-        self._local: dict[int, SqrNorm] = {}
-        self._reduced: dict[int, SqrNorm] = {}
+        self._local: list[SqrNorm] = []  # by bucket, as is the next
+        self._reduced: list[SqrNorm] = []
+        self._pending: list[tuple[torch.futures.Future[Any], torch.futures.Future[Tensor], LaidOut]] = []
         self._carried: SqrNorm = 0.0
         self._backwards = 0  # those that DDP synchronised
         self._reduced_total: SqrNorm | None = None  # the ranks' counts added up, where no total was given
@@ -170,9 +176,9 @@ class RankContributions:
         elif self._backwards:
             # Synchronised in each micro-batch: the buckets hold what was reduced before, plus this rank's
             # newest gradient. The ranks differ by that only, so the differences of the norms add up.
-            before = sum_sqr_norms(_in_order(self._reduced))
-            self._carried = self._carried + sum_sqr_norms(_in_order(self._local)) - before
-            self._local, self._reduced = {}, {}
+            self._carried = self._carried + sum_sqr_norms(self._local) - sum_sqr_norms(self._reduced)
+            self._local, self._reduced = [], []
+        self._pending.clear()  # of a backward that broke off
         self._backwards += 1
 
     def _begin_micro_batch(self, device: torch.device) -> None:
@@ -227,8 +233,3 @@ def _through_torch(group: dist.ProcessGroup) -> AllReduce:
         return future
 
     return all_reduce
-
-
-def _in_order(norms: dict[int, SqrNorm]) -> list[SqrNorm]:
-    """By bucket: callbacks run in any order, and float sums depend on it."""
-    return [norms[index] for index in sorted(norms)]

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from stretto.measure import Sources
 from stretto.micro_batches import micro_batch_weighted
 from stretto.norms import SqrNorm, sqr_norm, sqr_norm_then_scale_, sum_sqr_norms
-from stretto.window import LocalSums, Window, to_vector
+from stretto.window import LocalSums, StepTotals, Window, to_vector
 
 
 class ShardContributions:
@@ -85,7 +85,33 @@ class ShardContributions:
             self._sum_over_ranks(counts)
             self._counted = float(counts) if counts.device.type == "cpu" else counts[0]
 
-    def local_sums(self) -> LocalSums:
+    def totals(self, agreement: Sequence[float]) -> StepTotals:
+        """Return the sums over all ranks since the last step.
+
+        One collective (HSDP on a part of the ranks: two), one host read.
+        """
+        sums = self._local_sums()
+        vector = to_vector(sums.encode(agreement), self._device)
+        self._sum_over_ranks(vector)
+        return StepTotals.decode(vector.tolist(), world_size=self._window.world_size, problem=sums.problem)
+
+    def weigh(self, gradients: Tensor) -> None:
+        """Take the norm of this rank's own gradients, flat and padded with zeros, and weight them by its samples."""
+        self._count_backward()
+        if self._window.samples == 0:
+            gradients.zero_()  # the mean over no samples is NaN
+            self._own.append(0.0)
+        elif self._measure.active:
+            self._own.append(sqr_norm_then_scale_(gradients, self._weight()))
+        else:
+            gradients.mul_(self._weight())
+
+    def scattered(self, shard: Tensor) -> None:
+        """Take the norm of a reduced shard, where later micro-batches of this step can come on top of it."""
+        if self._window.accumulation_steps > 1 and self._measure.active:
+            self._scattered.append(sqr_norm(shard))
+
+    def _local_sums(self) -> LocalSums:
         """Return this rank's statistics since the last step."""
         window, measured = self._window, self._measure.active
         samples = window.samples if window.micro_batches else window.nominal_total // window.world_size
@@ -110,29 +136,6 @@ class ShardContributions:
             declared=window.total is not None,
             problem=window.problem or self._synchronisation_problem(),
         )
-
-    def all_reduce(self, values: list[SqrNorm]) -> list[float]:
-        """Return the sums over all ranks: one collective (HSDP on a part of the ranks: two), one host read."""
-        vector = to_vector(values, self._device)
-        self._sum_over_ranks(vector)
-        sums: list[float] = vector.tolist()
-        return sums
-
-    def weigh(self, gradients: Tensor) -> None:
-        """Take the norm of this rank's own gradients, flat and padded with zeros, and weight them by its samples."""
-        self._count_backward()
-        if self._window.samples == 0:
-            gradients.zero_()  # the mean over no samples is NaN
-            self._own.append(0.0)
-        elif self._measure.active:
-            self._own.append(sqr_norm_then_scale_(gradients, self._weight()))
-        else:
-            gradients.mul_(self._weight())
-
-    def scattered(self, shard: Tensor) -> None:
-        """Take the norm of a reduced shard, where later micro-batches of this step can come on top of it."""
-        if self._window.accumulation_steps > 1 and self._measure.active:
-            self._scattered.append(sqr_norm(shard))
 
     def _start(self) -> None:
         self._own: list[SqrNorm] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stretto.measure import Sources
 from stretto.norms import SqrNorm, sum_sqr_norms
-from stretto.window import LocalSums, Window
+from stretto.window import LocalSums, StepTotals, Window
 
 
 class LeafHooks:
@@ -95,8 +95,13 @@ class MicroBatchContributions:
     def announce(self, samples: int, total: int | None) -> None:
         self._window.announce(samples, total)
 
-    def local_sums(self) -> LocalSums:
-        """Return the statistics of the micro-batches since the last step."""
+    def totals(self, agreement: Sequence[float]) -> StepTotals:
+        """Return the statistics of the micro-batches since the last step: there is one process."""
+        sums = self._local_sums()
+        values = [float(value) for value in sums.encode(agreement)]
+        return StepTotals.decode(values, world_size=1, problem=sums.problem)
+
+    def _local_sums(self) -> LocalSums:
         window = self._window
         if not window.micro_batches:  # one micro-batch per step, or gradients that no backward has made
             own = self._parameters()
@@ -119,10 +124,6 @@ class MicroBatchContributions:
             declared=window.total is not None,
             problem=window.problem,
         )
-
-    def all_reduce(self, values: list[SqrNorm]) -> list[float]:
-        """Return the numbers themselves: there is one process."""
-        return [float(value) for value in values]
 
     def _start(self) -> None:
         self._sizes: list[int] = []

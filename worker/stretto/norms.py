@@ -15,10 +15,8 @@ _SAFE_MIN, _SAFE_MAX = 1e-30, 1e36  # float32 squares outside of these have lost
 
 
 def sqr_norm(tensor: Tensor) -> SqrNorm:
-    """Return the squared 2-norm of any floating tensor; never waits for an accelerator."""
-    if tensor.is_sparse:
-        tensor = tensor.coalesce().values()
-    flat = tensor.detach().reshape(-1)
+    """Return the squared 2-norm of any floating or complex tensor; never waits for an accelerator."""
+    flat = _elements(tensor).reshape(-1)
     if flat.device.type != "cpu":
         # Reductions on accelerators are trees, and vector_norm widens half precision on the fly.
         wide = torch.float32 if flat.dtype in (torch.float16, torch.bfloat16) else None
@@ -30,7 +28,7 @@ def sqr_norm(tensor: Tensor) -> SqrNorm:
 
 
 def sqr_norm_then_scale_(flat: Tensor, weight: SqrNorm) -> SqrNorm:
-    """Return the squared norm of a contiguous tensor and multiply it by `weight`, in one pass through memory."""
+    """Return the squared norm of a flat tensor and multiply it by `weight`, in one pass through memory."""
     if isinstance(weight, float) and weight == 1.0:
         return sqr_norm(flat)
     if flat.device.type != "cpu" or flat.is_sparse:
@@ -38,7 +36,7 @@ def sqr_norm_then_scale_(flat: Tensor, weight: SqrNorm) -> SqrNorm:
         flat.mul_(weight)
         return norm
     total = 0.0
-    for chunk in torch.split(flat.detach().view(-1), _CHUNK):  # stays in the cache between the two
+    for chunk in (flat,) if flat.numel() <= _CHUNK else torch.split(flat, _CHUNK):  # stays in the cache between the two
         total += _cpu_sqr_norm(chunk)
         chunk.mul_(weight)
     return total
@@ -46,13 +44,12 @@ def sqr_norm_then_scale_(flat: Tensor, weight: SqrNorm) -> SqrNorm:
 
 def finite_mark(tensor: Tensor) -> SqrNorm:
     """Return 0.0 where every element is finite, NaN where one is not; never waits for an accelerator."""
-    if tensor.is_sparse:
-        tensor = tensor.coalesce().values()
-    if tensor.device.type != "cpu":
-        return tensor.detach().sum(dtype=torch.float64) * 0.0
-    total = tensor.detach().sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+    elements = _elements(tensor)
+    if elements.device.type != "cpu":
+        return elements.sum(dtype=torch.float64) * 0.0
+    total = elements.sum(dtype=torch.float64 if elements.dtype == torch.float64 else torch.float32)
     # The sum itself can overflow; then the elements decide.
-    return 0.0 if math.isfinite(float(total)) or bool(tensor.isfinite().all()) else math.nan
+    return 0.0 if math.isfinite(float(total)) or bool(elements.isfinite().all()) else math.nan
 
 
 def sum_sqr_norms(norms: Iterable[SqrNorm]) -> SqrNorm:
@@ -63,6 +60,14 @@ def sum_sqr_norms(norms: Iterable[SqrNorm]) -> SqrNorm:
             norm = norm.to(total.device)
         total = total + norm
     return total
+
+
+def _elements(tensor: Tensor) -> Tensor:
+    """The real numbers that a gradient consists of, without a graph."""
+    if tensor.is_sparse:
+        tensor = tensor.coalesce().values()
+    tensor = tensor.detach()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _cpu_sqr_norm(chunk: Tensor) -> float:

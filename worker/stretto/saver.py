@@ -53,6 +53,7 @@ class Saver:
         self._generation = 0
         self._saved_step = -1
         self._wanted = False
+        self._prepared_after: int | None = None  # a step; optimizers have their state then
 
     def restore(self, state: Mapping[str, Any], generation: int) -> int:
         """Load the newest whole checkpoint into the state's objects; its step, or 0 where there is none. On rank 0.
@@ -77,6 +78,7 @@ class Saver:
         self._ranks, self._generation = ranks, ranks.number
         self._saved_step = min(self._saved_step, step)
         self._wanted = False
+        self._prepared_after = step
         self._timetable.dropped()
         if first or ranks.restored:
             self._timetable.reset(self._moment(step, tau))
@@ -135,14 +137,18 @@ class Saver:
             self._files.wait(self._files.settings.leave_wait_s, given_up=self._broken)
             self._poll(self._files)
 
-    def poll(self, step: int, tau: float) -> None:
+    def poll(self, state: Callable[[], Mapping[str, Any]], *, step: int, tau: float) -> None:
         """Between two steps: hear how saves ended, and wait where too much work would depend on one that is running.
 
+        state(): asked for once in each generation, so that there is memory for it before the first save.
         Raises Fenced, Conflict, and CheckpointFailed where too many have failed.
         """
         if self._files is None:
             return
         self._poll(self._files)
+        if self._prepared_after is not None and step > self._prepared_after:
+            self._prepared_after = None
+            self._files.prepare(state())
         first = self._ranks is None or self._ranks.rank == 0
         if first and self._files.busy and self._timetable.must_wait(self._moment(step, tau)):
             self._files.wait(given_up=self._broken)
@@ -204,3 +210,9 @@ class Saver:
     @staticmethod
     def _moment(step: int, tau: float) -> Moment:
         return Moment(time.monotonic(), step, tau)
+
+
+def with_save(wishes: list[float], due: bool) -> list[float]:
+    """What a rank wants, to leave and to save, where a save is due besides."""
+    leave, save = wishes
+    return [leave, max(save, float(due))]

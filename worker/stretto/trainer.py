@@ -30,13 +30,13 @@ from stretto.progress_report import StepFigures
 from stretto.rules import Rule
 from stretto.sample_record import SampleRecord
 from stretto.sampler import ElasticSampler
-from stretto.saver import Saver
+from stretto.saver import Saver, with_save
 from stretto.schedule import LrAt
 from stretto.step import LossFunction, Outcome, Stepper
 from stretto.trainer_settings import TrainerSettings, check_sizes
 from stretto.transfer import fingerprint
 from stretto.warm_up import warm_up
-from stretto.world import World, default_device
+from stretto.world import World, chosen_device
 
 _log = logging.getLogger(__name__)
 
@@ -94,12 +94,11 @@ class ElasticTrainer:
         self._dataset = dataset
         self._loss_fn = loss_fn
         self._base_batch_size = base_batch_size
-        self._batch_size, self._global_batch_size = batch_size, global_batch_size
-        self._target_tau = float(target_tau)
+        self._batch_size, self._global_batch_size, self._target_tau = batch_size, global_batch_size, float(target_tau)
         self._chronicle = Chronicle(self._target_tau)
         self._position = Position(seed=self._settings.seed, base_batch_size=base_batch_size)
         self._skipped = 0
-        self._iterated = self._save_wanted = False
+        self._iterated = self._save_wanted = self._over = False
         self._record = SampleRecord(self._settings.sample_log, self._position, self._sampler)
         self._feed: Feed | None = None
         self._saver = Saver(
@@ -112,7 +111,7 @@ class ElasticTrainer:
             told=lambda saved: self._membership.checkpoint_committed(saved),
             warned=lambda failed: self._membership.checkpoint_failed(failed),
         )
-        self.device = _chosen_device(self._settings.device)
+        self.device = chosen_device(self._settings.device)
         spec = types_pb2.JobSpec(
             base_batch_size=base_batch_size,
             batch_size=batch_size,
@@ -170,10 +169,12 @@ class ElasticTrainer:
     def save(self) -> None:
         """Write a checkpoint of the latest step; nothing where none was asked for. On all ranks at the same step.
 
-        In in-process mode it begins at the end of the next step, when all ranks are known to have done it. So it does
-        where not all ranks call this within settings.save_meeting_s.
+        In in-process mode it begins at the end of the next step, when all ranks are known to have done it, or when the
+        loop is left. So it does where not all ranks call this within settings.save_meeting_s.
         """
         if isinstance(self._membership, LiveSession):
+            if self._over:
+                raise RuntimeError("the workers have parted: call save() in the loop's body, before `break`")
             self._membership.save_soon()
             return
         assert isinstance(self._world, World), "there is one for good"
@@ -197,6 +198,9 @@ class ElasticTrainer:
         try:
             while not (yield from self._live_through()):
                 self._enter()
+        except GeneratorExit:  # `break`: nothing follows that could save what was asked for
+            self._save_before_the_end()
+            raise
         except GivenUp:
             self._saver.save_at_last(self._state(), step=self._position.step, tau=self.tau)
             raise
@@ -204,6 +208,7 @@ class ElasticTrainer:
             failed = True
             raise
         finally:
+            self._over = True
             self._saver.close(failed=failed)
             self._membership.close()
             self._close_feed()
@@ -287,6 +292,13 @@ class ElasticTrainer:
             self._saver.abandon()
         return finished
 
+    def _save_before_the_end(self) -> None:
+        """All ranks leave the loop after the same step: what was asked for and has not begun is saved now."""
+        if self._world.saving or (isinstance(self._membership, LiveSession) and self._membership.wants_save):
+            with self._world as world:
+                world.commit()
+                self._save(wait=True)
+
     def _train_step(self, world: World | Generation) -> StepReport:
         """One optimizer step of all ranks."""
         if self._feed is None:
@@ -300,11 +312,11 @@ class ElasticTrainer:
             )
         assert self._stepper is not None, "steps are taken in a generation"
         plan, batches = self._feed.next_step()
-        self._saver.poll(self._position.step, self.tau)
+        self._saver.poll(lambda: self._combining.saved(self._state()), step=self._position.step, tau=self.tau)
         due = self._save_wanted or self._saver.due(self._position.step + 1, self.tau)
         with world.guarded():
             outcome = self._stepper.take(
-                self._position.step, len(plan.indices), batches, lambda: _with_save(world.wishes(), due)
+                self._position.step, len(plan.indices), batches, lambda: with_save(world.wishes(), due)
             )
         self._count_skipped(outcome.skipped)
         self._position.advance(plan, self._sampler)
@@ -387,14 +399,3 @@ class ElasticTrainer:
         if self._feed is not None:
             self._feed.close()
             self._feed = None
-
-
-def _with_save(wishes: list[float], due: bool) -> list[float]:
-    return [wishes[0], max(wishes[1], float(due))]
-
-
-def _chosen_device(name: str | None) -> torch.device:
-    device = torch.device(name) if name else default_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device

@@ -135,6 +135,8 @@ class StepTotals:
 
 def to_vector(values: Sequence[SqrNorm], device: torch.device) -> torch.Tensor:
     """Pack numbers into one float64 vector on `device` without waiting for those that are on it already."""
+    if not any(isinstance(value, torch.Tensor) for value in values):
+        return torch.tensor(values, dtype=torch.float64, device=device)
     vector = torch.tensor([0.0 if isinstance(v, torch.Tensor) else v for v in values], dtype=torch.float64)
     vector = vector.to(device)
     for index, value in enumerate(values):

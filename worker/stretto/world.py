@@ -20,7 +20,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from stretto.adascale import AdaScale
+from stretto.broadcast import broadcast
 from stretto.checkpoint.peers import present_peers
+from stretto.errors import Fatal
 from stretto.process import end_quickly_after
 from stretto.progress_report import StepFigures
 from stretto.session import Session
@@ -76,11 +78,11 @@ class World:
     @property
     def members(self) -> tuple[tuple[str, int], ...]:
         """Of each rank, by rank: its node, as torchrun numbers them, and its number there. All ranks ask together."""
-        own = (f"{int(os.environ.get('GROUP_RANK', 0)):08d}", int(os.environ.get("LOCAL_RANK", self.rank)))
-        found: list[Any] = [own] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(found, own)
-        return tuple(found)
+        numbers = torch.zeros(self.world_size, 2, dtype=torch.int64)
+        numbers[self.rank, 0] = int(os.environ.get("GROUP_RANK", 0))
+        numbers[self.rank, 1] = int(os.environ.get("LOCAL_RANK", self.rank))
+        found = torch.tensor(self.add_up(numbers.flatten().tolist())).view(-1, 2)
+        return tuple((f"{node:08d}", worker) for node, worker in found.tolist())
 
     def __enter__(self) -> World:
         return self
@@ -103,7 +105,10 @@ class World:
                 error = failure
         if self.world_size > 1:
             saved = {name: value.state_dict() for name, value in state.items()} if step else None
-            step, error, saved = self._from_first((step, error, saved))
+            there = self._wire()
+            step, why, saved = broadcast([step, error and f"{type(error).__name__}: {error}", saved], there)
+            if why is not None and error is None:
+                error = Fatal(f"rank 0 could not restore the newest checkpoint: {why}")
             if saved is not None and self.rank > 0:
                 for name, value in state.items():
                     value.load_state_dict(saved[name])
@@ -179,18 +184,19 @@ class World:
     def finish(self, tau: float) -> None:
         self._session.finished(self._step, tau)
 
-    def _from_first(self, value: Any) -> Any:
-        """Rank 0's value, on every rank; the others' are ignored."""
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=self._device if self._device.type == "cuda" else None)
-        return box[0]
+    def _wire(self) -> torch.device:
+        """Where the group's tensors have to be."""
+        return self._device if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
-def default_device(local_rank: int) -> torch.device:
-    """This worker's GPU, or the CPU where there is none."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
+def chosen_device(name: str | None) -> torch.device:
+    """The device of this name, or this worker's own GPU, or the CPU. A GPU is made the present one."""
+    device = torch.device(name or "cpu")
+    if not name and torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def _leave() -> None:

@@ -45,6 +45,7 @@ options: dict[str, Any] = {
     "compile": False,
     "seed": None,
     "checkpoint_steps": 25,
+    "leave_at": None,
     "live": {},
     **json.loads(sys.argv[2] if len(sys.argv) > 2 else "{}"),
 }
@@ -225,5 +226,8 @@ for report in trainer:
     if report.step >= last_step():
         # As if tau had reached the target with this step, on every rank.
         trainer._target_tau = 0.0
+    if report.step == options["leave_at"]:
+        trainer.save()
+        break
     pace = directory / "pace"
     time.sleep(float(pace.read_text()) if pace.exists() else options["pace_s"])

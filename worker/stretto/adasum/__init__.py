@@ -16,6 +16,7 @@ Never together with AdaScale's scaling of the learning rate: `ElasticTrainer(rul
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch.distributed as dist
 from torch import Tensor
@@ -53,6 +54,8 @@ def all_reduce_(
     """
     reducer = reducer_of(group)
     problem = ""
+    if isinstance(cast(object, tensors), Tensor):
+        problem = "tensors is a single tensor; give a list, in which each tensor is a layer: [tensor]"
     if algorithm not in ALGORITHMS:
         try:
             checked_algorithm(algorithm)

@@ -51,8 +51,8 @@ def reduce_by_gram(
         result[marked] = refine(rows, part, np.flatnonzero(marked), leaves, sums, mine)
     if not whole:
         transport.share(flat, bounds)
-    squares = grams.trace()
-    return Statistics(squares, np.maximum(result, 0.0), float(grams.sum()) / count**2)
+    with np.errstate(all="ignore"):
+        return Statistics(grams.trace(), np.maximum(result, 0.0), float(grams.sum()) / count**2)
 
 
 def _is_exchanged_whole(flat: Tensor, segments: Segments, count: int) -> bool:

@@ -49,6 +49,7 @@ class CpuKernel:
         self._sum = torch.empty(self._limit, dtype=torch.float64)
         self._holding: tuple[Rows, Block] | None = None
 
+    @np.errstate(all="ignore")  # squares may overflow; what the sums become says so
     def dots(self, rows: Rows, part: Part) -> Floats:
         count = len(rows)
         found = np.zeros((count * (count + 1) // 2, len(part.layers)))
@@ -67,6 +68,7 @@ class CpuKernel:
                 place += count - row
         return found
 
+    @np.errstate(all="ignore")
     def weighted_sum(self, rows: Rows, part: Part, weights: Floats, out: Tensor) -> None:
         for block in part.blocks(self._limit):
             wide = self._widened(rows, block)

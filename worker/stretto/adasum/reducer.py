@@ -30,6 +30,7 @@ ALGORITHMS = ("auto", "rvh", "gram")
 _MANY_RANKS = 8
 # Lists of tensors whose layout is remembered.
 _KEPT_LAYOUTS = 16
+_NO_TENSOR = "give a tensor, zeros for a parameter that has no gradient on this rank"
 _TRAITS_OF = attrgetter("shape", "dtype", "device", "layout")
 
 
@@ -142,7 +143,12 @@ class Reducer:
 
     def _layout_of(self, tensors: Sequence[Tensor], algorithm: str) -> tuple[_Layout | None, str]:
         """Found anew where anything differs from a list that was seen before."""
-        key = (algorithm, tuple(map(_TRAITS_OF, tensors)))
+        try:
+            key = (algorithm, tuple(map(_TRAITS_OF, tensors)))
+        except AttributeError:
+            return None, next(
+                f"tensor {i} is {t!r}; {_NO_TENSOR}" for i, t in enumerate(tensors) if not torch.is_tensor(t)
+            )
         layout = self._latest[1] if key == self._latest[0] else self._layouts.get(key)
         if layout is None:
             for index, tensor in enumerate(tensors):

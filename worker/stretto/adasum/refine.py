@@ -58,7 +58,7 @@ def refine(rows: Rows, part: Part, layers: Indices, leaves: Leaves, sums: Sums, 
             nodes = [_combined(each, level, factors[layer]) for layer, each in enumerate(nodes)]
             counts = merged_counts(counts, level)
         results = [np.ldexp(each[0], power) for each, power in zip(nodes, powers, strict=True)]
-        squares = np.array([each @ each for each in results])
+        squares = np.array([_dot(each, each) for each in results])
     sums.sum_(squares)
     for place, result in zip(places, results, strict=True):
         out[place] = out.new_tensor(result)
@@ -116,5 +116,10 @@ def _merged(lengths: Floats, level: Level, of_pairs: Floats) -> Floats:
 def _dots(nodes: Floats, pairs: Level) -> Floats:
     """[pairs, 3]: a.b, |a|^2, |b|^2 over this rank's elements."""
     return np.array([
-        [nodes[a] @ nodes[b], nodes[a] @ nodes[a], nodes[b] @ nodes[b]] for a, b in pairs
+        [_dot(nodes[a], nodes[b]), _dot(nodes[a], nodes[a]), _dot(nodes[b], nodes[b])] for a, b in pairs
     ])  # fmt: skip
+
+
+def _dot(a: Floats, b: Floats) -> float:
+    """In an order that no processor changes, as BLAS' is not."""
+    return float(np.add.reduce(a * b))

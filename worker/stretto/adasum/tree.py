@@ -124,38 +124,42 @@ def rank_weights(grams: Floats, leaves: Leaves, allowed_error: float = 1e-6) -> 
             parts = step.applied(parts)
             below, inner = inner, step.applied(step.applied(inner).swapaxes(0, 1))
             marked = np.asarray(marked | errors.after(step, below, inner))
-    return parts[0], inner[0, 0], marked
+    return np.broadcast_to(parts[0], grams.shape[1:]), inner[0, 0], marked
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One level: node i is of_first[i] [layers] times the node first[i] below, and of_second[i] times second[i]."""
+    """One level: the first nodes below are taken in pairs, with these factors [pairs, layers]; others stay."""
 
-    first: Indices
-    second: Indices
     of_first: Floats
     of_second: Floats
 
     @staticmethod
     def of(inner: Floats, level: Level, counts: Floats) -> _Step:
-        first = np.array([members[0] for members in level])
-        second = np.array([members[-1] for members in level])
-        squares = _diagonal(inner)
-        of_first, of_second = coefficients(
-            inner[first, second], squares[first], squares[second], counts[first, None], counts[second, None]
+        end = 2 * sum(len(members) == 2 for members in level)
+        squares, dots = _diagonal(inner), inner.diagonal(1).T
+        both = coefficients(
+            dots[:end:2], squares[:end:2], squares[1:end:2], counts[:end:2, None], counts[1:end:2, None]
         )
-        alone = first == second
-        if alone.any():
-            of_first[alone], of_second[alone] = 1.0, 0.0
-        return _Step(first, second, of_first, of_second)
+        return _Step(*both)
+
+    def paired(self, rows: Floats) -> tuple[Floats, Floats]:
+        """The first nodes of the pairs, and the second ones."""
+        end = 2 * len(self.of_first)
+        return rows[:end:2], rows[1:end:2]
 
     def applied(self, rows: Floats) -> Floats:
         """[nodes of this level, ...] of [nodes below, ..., layers]."""
-        middle = (slice(None), *[None] * (rows.ndim - 2), slice(None))
-        of_first, of_second = self.of_first[middle], self.of_second[middle]
-        found: Floats = of_first * rows[self.first]
-        found += of_second * rows[self.second]
-        return found
+        first, second = self.paired(rows)
+        of_first, of_second = self.of_first, self.of_second
+        if rows.ndim == 3:
+            of_first, of_second = of_first[:, None], of_second[:, None]
+        found: Floats = of_first * first
+        found += of_second * second
+        rest = rows[2 * len(found) :]
+        if not len(rest):
+            return found
+        return np.concatenate([found, np.broadcast_to(rest, (*rest.shape[:-1], found.shape[-1]))])
 
 
 def _diagonal(matrices: Floats) -> Floats:
@@ -169,27 +173,30 @@ class _Errors:
     def __init__(self, lengths: Floats, allowed: float) -> None:
         self._allowed = allowed
         self._lengths = lengths  # [nodes, layers]: of the parts that each is made of, added up
-        self._errors = np.zeros((len(lengths), 1))
+        self._errors = np.zeros_like(lengths)
         self._clear = True
 
     def after(self, step: _Step, below: Floats, inner: Floats) -> Bools | bool:
         """[layers]: whether a node of this level is off by more than is allowed, relative to its length."""
-        sizes = _Step(step.first, step.second, np.abs(step.of_first), np.abs(step.of_second))
+        sizes = _Step(np.abs(step.of_first), np.abs(step.of_second))
         longest, squares = self._lengths, _diagonal(inner)
         self._lengths = above = sizes.applied(longest)
         above_sqr = above * above
         if self._clear and (squares >= _CLEAR * above_sqr).all():
-            self._errors = np.zeros((len(above), 1))
+            self._errors = np.zeros_like(above)
             return False
         self._clear = False
         norms = np.sqrt(_diagonal(below))
         off = np.divide(self._errors, norms, out=np.zeros_like(norms), where=self._errors > 0)
         ratios = np.divide(longest, norms, out=np.zeros_like(norms), where=norms > 0)
-        errors = sizes.applied(np.broadcast_to(self._errors, norms.shape)) + _DOT_ERROR * above
-        for a, b in ((step.first, step.second), (step.second, step.first)):
-            # What errors of a's and b's dot products do to the length of factor times a.
-            of_factor = _DOT_ERROR * (longest[b] * ratios[a] + norms[b] * ratios[a] ** 2) + 2 * norms[b] * off[a]
-            errors += of_factor * (step.first != step.second)[:, None]
+        # What errors of a's and b's dot products do to the length of factor times a, and of factor times b.
+        of_factors = np.zeros_like(step.of_first)
+        for a, b in ((0, 1), (1, 0)):
+            ratio, norm = step.paired(ratios)[a], step.paired(norms)[b]
+            of_factors += _DOT_ERROR * (step.paired(longest)[b] * ratio + norm * ratio**2)
+            of_factors += 2.0 * norm * step.paired(off)[a]
+        errors = sizes.applied(self._errors) + _DOT_ERROR * above
+        errors[: len(of_factors)] += of_factors
         self._errors = errors
         good = errors**2 <= self._allowed**2 * (squares - 4 * _DOT_ERROR * above_sqr)
         return ~np.asarray(good.all(axis=0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +15,6 @@ from stretto.checkpoint.name import CheckpointName
 from stretto.checkpoint.store import Store
 
 _log = logging.getLogger(__name__)
-
-BLOCK_BYTES = 2 << 20  # read, and checksummed while a cache still has it
 
 
 @dataclass(frozen=True)
@@ -44,11 +41,18 @@ class Catalogue:
         return sorted((name for name in names if name), reverse=True)
 
     def committed(self, name: CheckpointName) -> bool:
-        return MANIFEST in self._store.names(str(name))
+        """There is a manifest, or nobody can tell."""
+        try:
+            return MANIFEST in self._store.names(str(name))
+        except OSError:
+            return True
 
     def manifest(self, name: CheckpointName) -> Manifest:
         """The manifest, the files' sizes compared with it. Raises Damaged."""
-        sizes = self._store.names(str(name))
+        try:
+            sizes = self._store.names(str(name))
+        except OSError as error:
+            raise Damaged(f"{name} cannot be read: {reason_of(error, self._store.url)}") from error
         if MANIFEST not in sizes:
             raise Damaged(f"{MANIFEST} is missing: the save did not end")
         try:
@@ -81,7 +85,7 @@ class Catalogue:
         file, entry = item
         digest, size_bytes = xxh3_64(), 0
         try:
-            for block in self._blocks(f"{name}/{file}"):
+            for block in self._store.blocks(f"{name}/{file}"):
                 digest.update(block)
                 size_bytes += len(block)
         except FileNotFoundError as error:
@@ -89,12 +93,6 @@ class Catalogue:
         except OSError as error:
             raise Damaged(f"{file} cannot be read: {reason_of(error, self._store.url)}") from error
         check(file, entry, FileEntry(size_bytes, digest.hexdigest()))
-
-    def _blocks(self, path: str) -> Iterator[memoryview]:
-        buffer = memoryview(bytearray(BLOCK_BYTES))
-        with self._store.open(path) as file:
-            while count := file.readinto(buffer):  # type: ignore[attr-defined]  # every binary file has it
-                yield buffer[:count]
 
 
 def check(file: str, written: FileEntry, found: FileEntry) -> None:

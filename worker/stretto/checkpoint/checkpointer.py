@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch.distributed.checkpoint.planner import SavePlan
+
 from stretto.checkpoint.background import BackgroundSave, Failed, Saved
 from stretto.checkpoint.catalogue import Catalogue, Verification
 from stretto.checkpoint.commit import Committer, Rules
@@ -99,6 +101,13 @@ class Checkpointer:
     # -- saving
     # ----------------------------------------------------------------------------------------------
 
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Find memory for this rank's share of such a state, in the background; otherwise the first save does."""
+        if not self.busy:
+            peers = self._present_peers()
+            writer = self._writer(CheckpointName(0, 0), peers.rank, Pace(None), read_back=False)
+            self._staging.prepare(*self._plan(Snapshot(state, peers.rank), writer, peers))
+
     def save(
         self, state: Mapping[str, Any], *, step: int, generation: int = 0, tau: float = 0.0, fences: bool = False
     ) -> str:
@@ -141,13 +150,15 @@ class Checkpointer:
             self._running.abandon()
         busy = self.busy
         mine = secrets.randbelow(SAVE_LIMIT) if peers.rank == 0 else 0
-        save, others_busy = peers.add_up([mine, int(busy)])
+        first = peers.rank == 0
+        read_back = first and self.settings.read_back and self._committer.must_be_read(CheckpointName(generation, step))
+        save, others_busy, wanted = peers.add_up([mine, int(busy), int(read_back)])
         if others_busy:
             return False
         name = CheckpointName(generation, step, save)
         pace = Pace(None if urgent else self.settings.write_share)
-        writer, staged = self._stage(Snapshot(state, peers.rank), name, peers, pace)
-        first = peers.rank == 0
+        writer = self._writer(name, peers.rank, pace, read_back=bool(wanted))
+        staged = self._stage(Snapshot(state, peers.rank), name, peers, writer)
 
         def write() -> None:
             if first:
@@ -157,7 +168,10 @@ class Checkpointer:
         def commit() -> Manifest | None:
             if not first:
                 return None
-            return self._committer.commit(name, tau=tau, world_size=peers.world_size, cancelled=lambda: pace.cancelled)
+            read = bool(wanted) or not self.settings.read_back
+            return self._committer.commit(
+                name, tau=tau, world_size=peers.world_size, read=read, cancelled=lambda: pace.cancelled
+            )
 
         self._running = BackgroundSave(
             self._store,
@@ -258,7 +272,7 @@ class Checkpointer:
                 _log.warning("checkpoint %s passed over: %s", name, reason)
                 continue
             assert contents is not None, "it was read"
-            distribute(values, state)
+            distribute(values, state, threads=self.settings.copy_threads)
             tau = contents.manifest.tau
             self._committer.note_verified(name, tau)
             return CheckpointInfo(name.step, name.generation, tau, self._store.at(str(name)), tuple(passed_over))
@@ -302,30 +316,29 @@ class Checkpointer:
             yield CheckpointName(generation, step, save)
             names = names[1:]
 
-    def _stage(self, snapshot: Snapshot, name: CheckpointName, peers: Peers, pace: Pace) -> tuple[ShardWriter, Staged]:
-        """This rank's share, copied, and what writes it."""
-        settings, rank = self.settings, peers.rank
-        writer = ShardWriter(
-            self._store,
-            str(name),
-            rank,
-            part_bytes=settings.part_bytes,
-            threads=settings.write_threads if pace.leisurely else settings.urgent_threads,
-            pace=pace,
-        )
-        planner = SharePlanner(rank, peers.world_size, owners=snapshot.owners, item_bytes=settings.part_bytes)
-        planner.set_up_planner(snapshot.tensors)
-        plan = writer.prepare_local_plan(planner.create_local_plan())
+    def _stage(self, snapshot: Snapshot, name: CheckpointName, peers: Peers, writer: ShardWriter) -> Staged:
+        """This rank's share, copied."""
+        plan, planner = self._plan(snapshot, writer, peers)
         index = Index(
-            rank=rank,
+            rank=peers.rank,
             save=name.save,
             files={},
             tensors={tensor: form_of(each) for tensor, each in snapshot.tensors.items()},
             chunks=(),
-            tree=snapshot.tree if rank == 0 else None,
+            tree=snapshot.tree if peers.rank == 0 else None,
             own=snapshot.own,
         )
-        return writer, self._staging.copy(plan, planner, index)
+        return self._staging.copy(plan, planner, index)
+
+    def _writer(self, name: CheckpointName, rank: int, pace: Pace, *, read_back: bool) -> ShardWriter:
+        return ShardWriter(self._store, str(name), rank, settings=self.settings, pace=pace, read_back=read_back)
+
+    def _plan(self, snapshot: Snapshot, writer: ShardWriter, peers: Peers) -> tuple[SavePlan, SharePlanner]:
+        """What this rank writes, laid out as files."""
+        item_bytes = self.settings.part_bytes
+        planner = SharePlanner(peers.rank, peers.world_size, owners=snapshot.owners, item_bytes=item_bytes)
+        planner.set_up_planner(snapshot.tensors)
+        return writer.prepare_local_plan(planner.create_local_plan()), planner
 
     def _ended(self) -> Saved | Failed | None:
         if self._running is None or self._running.running:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -13,7 +14,7 @@ from stretto.checkpoint.errors import Abandoned, CheckpointFailed, Conflict, Dam
 from stretto.checkpoint.index import Index, check_coverage, failure_name, index_name, ranks_among
 from stretto.checkpoint.manifest import MANIFEST, FileEntry, Manifest
 from stretto.checkpoint.name import CheckpointName, check_position, fence_generation, fence_name
-from stretto.checkpoint.retention import Found, superfluous, to_verify
+from stretto.checkpoint.retention import Found, must_be_read, superfluous, to_verify
 from stretto.checkpoint.store import Store
 
 _log = logging.getLogger(__name__)
@@ -70,13 +71,18 @@ class Committer:
         self._known = {name for name in names if self._catalogue.committed(name)}
         self._leftovers |= set(names) - self._known
 
-    def note_verified(self, name: CheckpointName, tau: float) -> None:
-        """Every byte of it was seen to be right."""
-        self._found[name] = Found(name, tau, whole=True, verified=True)
+    def note_verified(self, name: CheckpointName, tau: float, *, read: bool = True) -> None:
+        """Every byte of it was seen to be right: as it was read, or else as it was written."""
+        self._found[name] = Found(name, tau, whole=True, verified=True, read=read)
+
+    def must_be_read(self, name: CheckpointName) -> bool:
+        """Whether what is about to be written under this name is to be read again. Asks no store."""
+        rules, found = self._rules, list(self._found.values())
+        return must_be_read(name, found, keep=rules.keep, keep_every_tau=rules.keep_every_tau)
 
     def note_damaged(self, name: CheckpointName) -> None:
         """Something is wrong with it."""
-        self._found[name] = Found(name, 0.0, whole=False, verified=False)
+        self._found[name] = Found(name, 0.0, whole=False, verified=False, read=False)
 
     def raise_fence(self, generation: int) -> None:
         """Refuse commits of older generations from now on. Raises Fenced where a newer one has begun."""
@@ -99,8 +105,13 @@ class Committer:
         self._check_fence(name.generation)
         self._leftovers.add(name)  # until it is committed
 
-    def commit(self, name: CheckpointName, *, tau: float, world_size: int, cancelled: Callable[[], bool]) -> Manifest:
-        """Wait for the ranks' shares, then make them a checkpoint. Raises CheckpointFailed, Conflict, Fenced."""
+    def commit(
+        self, name: CheckpointName, *, tau: float, world_size: int, read: bool, cancelled: Callable[[], bool]
+    ) -> Manifest:
+        """Wait for the ranks' shares, then make them a checkpoint. Raises CheckpointFailed, Conflict, Fenced.
+
+        read: the ranks have read what they wrote.
+        """
         files = self._gather(name, world_size, cancelled)
         manifest = Manifest(name.generation, name.step, name.save, tau, world_size, self._rules.job, time.time(), files)
         self._check_fence(name.generation)
@@ -115,7 +126,7 @@ class Committer:
         assert self._known is not None, "opened when the save began"
         self._known.add(name)
         self._leftovers.discard(name)
-        self.note_verified(name, tau)
+        self.note_verified(name, tau, read=read)
         self._tidy_up(name)
         return manifest
 
@@ -178,8 +189,10 @@ class Committer:
         body = json.dumps({"job": job}).encode()
         if self._store.create(_JOB, body):
             return
-        owner = _owner(self._store.read(_JOB))
-        if owner is None:  # a crash in the middle of the first claim
+        data = self._store.read(_JOB)
+        said = _owner(data)
+        owner = said or (self._saved_by() if data else None) or job  # none: a crash in the middle of the first claim
+        if owner == job and said is None:
             self._store.write(_JOB, [body])
         elif owner != job:
             raise Conflict(
@@ -187,13 +200,21 @@ class Committer:
                 "give each job a folder of its own"
             )
 
+    def _saved_by(self) -> str | None:
+        """Whose the newest checkpoint is that says so: the claim is damaged."""
+        for name in self._catalogue.newest_first():
+            with contextlib.suppress(Damaged):
+                if job := self._catalogue.manifest(name).job:
+                    return job
+        return None
+
     def _tidy_up(self, saved: CheckpointName) -> None:
         """Delete what is superfluous; what cannot be deleted is no reason to fail."""
         try:
             rules, found = self._rules, self._look_at_all()
             if (name := to_verify(found, keep=rules.keep)) is not None:  # one per save: reading takes its time
                 whole = bool(self._catalogue.verify(name))
-                self._found[name] = Found(name, self._found[name].tau, whole=whole, verified=whole)
+                self._found[name] = Found(name, self._found[name].tau, whole=whole, verified=whole, read=whole)
                 found = self._look_at_all()
             doomed = superfluous(found, keep=rules.keep, keep_every_tau=rules.keep_every_tau)
             doomed += [name for name in self._catalogue.newest_first() if self._is_leftover(name, saved)]
@@ -214,9 +235,9 @@ class Committer:
                 return None
             try:
                 tau = self._catalogue.manifest(name).tau
-                self._found[name] = Found(name, tau, whole=True, verified=False)
+                self._found[name] = Found(name, tau, whole=True, verified=False, read=False)
             except Damaged:
-                self._found[name] = Found(name, 0.0, whole=False, verified=False)
+                self.note_damaged(name)
         return self._found[name]
 
     def _is_leftover(self, name: CheckpointName, saved: CheckpointName) -> bool:

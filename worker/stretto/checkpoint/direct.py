@@ -1,19 +1,19 @@
 """Local files past the page cache: the kernel's cost for each new page there is many times that of the transfer.
 
-Training keeps what it has in the cache, and a check reads what the disk has.
+Training keeps what it has in the cache, and a check reads what the disk has. Loading is done through the cache, whose
+reading ahead keeps the disk busier.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import io
 import mmap
 import os
-from typing import BinaryIO
+from collections.abc import Iterator
 
 _ALIGNED = 4096  # memory, place in the file, and length
-_SCRATCH_BYTES = 2 << 20
+_SCRATCH_BYTES = 4 << 20
 _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)  # memory or place do not suit, or the file system cannot do it
 
 
@@ -35,52 +35,27 @@ def append(descriptor: int, view: memoryview, direct: bool) -> None:
         _set_direct(descriptor, False)  # the next may be shorter
 
 
-def is_cached(descriptor: int) -> bool:
-    """Whether the file seems to be in the page cache; yes where that cannot be found out."""
-    if not hasattr(os, "RWF_NOWAIT"):
-        return True
-    for place in (0, max(os.fstat(descriptor).st_size - 1, 0)):
+def blocks(descriptor: int) -> Iterator[memoryview]:
+    """What the disk has of a file, from its beginning on; through the page cache where it cannot be otherwise.
+
+    A block counts until the next is asked for.
+    """
+    scratch = memoryview(mmap.mmap(-1, _SCRATCH_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    direct, place = _set_direct(descriptor, True), 0
+    while True:
         try:
-            os.preadv(descriptor, [bytearray(1)], place, os.RWF_NOWAIT)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-    return True
-
-
-class DirectFile(io.RawIOBase, BinaryIO):
-    """Reads a file that somebody else opened, and closes; through the page cache where it cannot be otherwise."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._descriptor = file.fileno()
-        self._direct = _set_direct(self._descriptor, True)
-        self._scratch = memoryview(mmap.mmap(-1, _SCRATCH_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-        self._begin = self._end = 0  # of what of the file is in it
-        self._position = 0
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        assert whence == os.SEEK_SET, "nobody seeks otherwise"
-        self._position = offset
-        return offset
-
-    def readinto(self, target: memoryview) -> int:  # type: ignore[override]  # RawIOBase takes more
-        if not self._begin <= self._position < self._end:
-            self._begin = self._position // _ALIGNED * _ALIGNED
-            self._end = self._begin + self._read()
-        found = self._scratch[self._position - self._begin : self._end - self._begin][: len(target)]
-        target[: len(found)] = found
-        self._position += len(found)
-        return len(found)
-
-    def _read(self) -> int:
-        try:
-            return os.preadv(self._descriptor, [self._scratch], self._begin)
+            count = os.preadv(descriptor, [scratch], place)
         except OSError as error:
-            if not self._direct or error.errno not in _REFUSALS:
+            if not direct or error.errno not in _REFUSALS:
                 raise
-            self._direct = _set_direct(self._descriptor, False)
-            return os.preadv(self._descriptor, [self._scratch], self._begin)
+            direct = _set_direct(descriptor, False)
+            continue
+        if not count:
+            return
+        yield scratch[:count]
+        place += count
+        if direct and count % _ALIGNED:  # the file's end, or a file system that gives as much as it likes
+            direct = _set_direct(descriptor, False)
 
 
 def _set_direct(descriptor: int, direct: bool) -> bool:

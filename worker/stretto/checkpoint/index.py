@@ -97,7 +97,7 @@ class Index:
             )
             for chunk in index.chunks:
                 _check_chunk(chunk, index)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Damaged(f"{where} cannot be read: {type(error).__name__}: {error}") from error
         return index
 
@@ -120,21 +120,45 @@ def ranks_among(names: Mapping[str, int]) -> set[int]:
 
 
 def check_coverage(indices: list[Index]) -> None:
-    """Raise Damaged unless the chunks of all ranks make up every tensor."""
+    """Raise Damaged unless the chunks of all ranks make up every tensor, each element once."""
     covered: dict[str, int] = {}
     forms: dict[str, TensorForm] = {}
+    chunks: dict[str, list[Chunk]] = {}
     for index in indices:
         for name, form in index.tensors.items():
             if forms.setdefault(name, form) != form:
                 raise Damaged(f"{name} is {forms[name]} on one rank and {form} on rank {index.rank}")
         for chunk in index.chunks:
             covered[chunk.tensor] = covered.get(chunk.tensor, 0) + math.prod(chunk.sizes)
+            chunks.setdefault(chunk.tensor, []).append(chunk)
     for name, form in forms.items():
         if covered.get(name, 0) != math.prod(form.shape):
             raise Damaged(
                 f"{covered.get(name, 0)} of {math.prod(form.shape)} elements of {name} were written: the ranks hold "
                 "different states"
             )
+        if _overlap(chunks.get(name, [])):
+            raise Damaged(f"parts of {name} overlap")
+
+
+def _overlap(chunks: list[Chunk]) -> bool:
+    """Whether two boxes of one tensor share an element. Swept along the dimension that they are cut in."""
+    boxes = [chunk for chunk in chunks if math.prod(chunk.sizes)]
+    if len(boxes) < 2:
+        return False
+    dimensions = range(len(boxes[0].sizes))
+    cut = max(dimensions, key=lambda dimension: len({box.offsets[dimension] for box in boxes}), default=0)
+    open_boxes: list[Chunk] = []
+    for box in sorted(boxes, key=lambda box: box.offsets[cut : cut + 1]):
+        open_boxes = [each for each in open_boxes if each.offsets[cut] + each.sizes[cut] > box.offsets[cut]]
+        for other in open_boxes:
+            if all(
+                other.offsets[d] < box.offsets[d] + box.sizes[d] and box.offsets[d] < other.offsets[d] + other.sizes[d]
+                for d in dimensions
+            ):
+                return True
+        open_boxes.append(box)
+    return False
 
 
 def _form(value: Any) -> TensorForm:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from stretto.checkpoint.index import Index, TensorForm, check_coverage, index_na
 from stretto.checkpoint.manifest import FileEntry, Manifest
 from stretto.checkpoint.name import CheckpointName
 from stretto.checkpoint.shard_reader import ShardReader, TensorLoader
-from stretto.checkpoint.snapshot import differences, is_per_rank, references, unwrapped
+from stretto.checkpoint.snapshot import differences, group_differences, is_per_rank, references, unwrapped
 from stretto.checkpoint.store import Store
 from stretto.plain_tree import decode
 
 _SHOWN = 20  # lines of differences in an error
+_LARGE_BYTES = 1 << 20
 
 
 class Contents:
@@ -41,7 +43,7 @@ class Contents:
         for each in (self.tree, *(index.own for index in self.indices)):
             try:
                 decode(each, self.forms)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise Damaged(f"the state cannot be decoded: {type(error).__name__}: {error}") from error
 
     def saved_names(self) -> list[str]:
@@ -65,6 +67,12 @@ class Contents:
             for name, value in state.items()
             if isinstance(unwrapped(value), torch.nn.Module)
             for line in differences(unwrapped(value), self.tree_of(name, 0), self.forms)
+        ]
+        lines += [
+            f"{name}.{line}"
+            for name, value in state.items()
+            if isinstance(getattr(value, "param_groups", None), list) and not is_per_rank(value)
+            for line in group_differences(value, self.tree_of(name, 0), self.forms)
         ]
         if lines:
             shown = "\n  ".join([*lines[:_SHOWN], *([f"... and {len(lines) - _SHOWN} more"] if lines[_SHOWN:] else [])])
@@ -117,14 +125,38 @@ class Contents:
         return index
 
 
-def distribute(values: Mapping[str, Any], state: dict[str, Any]) -> None:
+def distribute(values: Mapping[str, Any], state: dict[str, Any], *, threads: int) -> None:
     """Give each object its state; plain values are replaced in the dict."""
     for name, value in state.items():
         target = unwrapped(value)
-        if callable(getattr(target, "load_state_dict", None)):
+        if isinstance(target, torch.nn.Module):
+            _give(target, values[name], threads)
+        elif callable(getattr(target, "load_state_dict", None)):
             target.load_state_dict(values[name])
         else:
             state[name] = values[name]
+
+
+def _give(module: torch.nn.Module, values: dict[str, Any], threads: int) -> None:
+    """load_state_dict, large parameters by several threads: it finds in `values` what they hold already."""
+    mine = dict(module.named_parameters(remove_duplicate=False))
+    large = {
+        key: parameter
+        for key, parameter in mine.items()
+        if isinstance(value := values.get(key), Tensor)
+        and type(parameter) is torch.nn.Parameter
+        and parameter.device.type == "cpu"
+        and parameter.nbytes >= _LARGE_BYTES
+        and (value.shape, value.dtype) == (parameter.shape, parameter.dtype)
+    }
+
+    def copy(key: str) -> None:
+        large[key].detach().copy_(values[key])
+        values[key] = large[key]
+
+    with ThreadPoolExecutor(threads, "stretto-copy") as pool:
+        list(pool.map(copy, large))
+    module.load_state_dict(values)
 
 
 def _layouts(value: Any, tree: Any, forms: Mapping[str, TensorForm]) -> dict[str, Tensor]:

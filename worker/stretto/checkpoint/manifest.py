@@ -9,7 +9,7 @@ from typing import Any
 from xxhash import xxh3_64_hexdigest
 
 from stretto.checkpoint.errors import Damaged
-from stretto.checkpoint.name import CheckpointName
+from stretto.checkpoint.name import CheckpointName, check_position
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
@@ -65,7 +65,8 @@ class Manifest:
                 )
             files = {str(file): FileEntry(**entry) for file, entry in body.pop("files").items()}
             manifest = cls(files=files, **body)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            _check(manifest)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Damaged(f"{MANIFEST} cannot be read: {error}") from error
         if any("/" in file or file in ("", ".", "..") for file in manifest.files):
             raise Damaged(f"{MANIFEST} names files outside of its folder")
@@ -73,6 +74,23 @@ class Manifest:
         if name is not None and name != position:
             raise Damaged(f"{MANIFEST} is that of {position}: somebody renamed the folder")
         return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """Raise ValueError for what nobody wrote."""
+    check_position(generation=manifest.generation, step=manifest.step)
+    for name, value, kinds in (
+        ("tau", manifest.tau, (int, float)),
+        ("created_s", manifest.created_s, (int, float)),
+        ("job", manifest.job, (str,)),
+        ("world_size", manifest.world_size, (int,)),
+        ("save", manifest.save, (int,)),
+        *((f"the size of {file}", entry.size_bytes, (int,)) for file, entry in manifest.files.items()),
+    ):
+        if type(value) not in kinds:
+            raise ValueError(f"{name} is {value!r}")
+    if not 1 <= manifest.world_size <= len(manifest.files):
+        raise ValueError(f"world_size is {manifest.world_size}, with {len(manifest.files)} files")
 
 
 def _checksum(body: dict[str, Any]) -> str:

@@ -11,26 +11,43 @@ from stretto.checkpoint.name import CheckpointName
 
 @dataclass(frozen=True)
 class Found:
-    """A committed checkpoint. `whole`: all its files are there. `verified`: and every byte was seen to be right."""
+    """A committed checkpoint. `whole`: all its files are there. `verified`: and this process wrote or read every byte.
+
+    `read`: it read them, from where they are stored.
+    """
 
     name: CheckpointName
     tau: float
     whole: bool
     verified: bool
+    read: bool
 
 
 def superfluous(found: Sequence[Found], *, keep: int, keep_every_tau: float | None) -> list[CheckpointName]:
     """Those that go: older than the `keep` newest verified ones, and not the first at a multiple of `keep_every_tau`.
 
-    What is not known to be right counts for nothing: until enough is, nothing goes, and the newest verified one never.
+    What is not known to be right counts for nothing: until enough is, nothing goes; and nothing that is not older than
+    the newest one whose bytes were read.
     """
     milestones = _milestones(found, keep_every_tau) if keep_every_tau else set()
-    doomed, verified = [], 0
+    doomed, verified, read = [], 0, False
     for each in sorted(found, key=lambda each: each.name, reverse=True):
-        if verified >= keep and each.name not in milestones:
+        if verified >= keep and read and each.name not in milestones:
             doomed.append(each.name)
         verified += each.verified
+        read = read or each.read
     return doomed
+
+
+def must_be_read(name: CheckpointName, found: Sequence[Found], *, keep: int, keep_every_tau: float | None) -> bool:
+    """Whether older ones can go only if a checkpoint that is about to be written is read again."""
+    taken_on_trust, seen = (
+        superfluous(
+            [*found, Found(name, 0.0, whole=True, verified=True, read=read)], keep=keep, keep_every_tau=keep_every_tau
+        )
+        for read in (False, True)
+    )
+    return taken_on_trust != seen
 
 
 def to_verify(found: Sequence[Found], *, keep: int) -> CheckpointName | None:

@@ -14,10 +14,14 @@ class CheckpointSettings:
     # In the background, beside training. More are faster, and take more of its cores.
     write_threads: int = 1
     # Of one core's time, that each of these takes until somebody waits for the save.
-    write_share: float = 0.3
+    write_share: float = 0.15
     # ... and while training waits.
     urgent_threads: int = 2
-    read_threads: int = 2
+    # That read and check files. A disk wants several reads at once.
+    read_threads: int = 4
+    # Before the newest checkpoint whose bytes were read may go, each rank reads what it has written of a newer one: of
+    # one in `keep` saves. False: what was written is taken to be there.
+    read_back: bool = True
     # A rank whose share is not there by then has failed the save.
     shares_limit_s: float = 120.0
     # Workers that leave as planned wait so long for a save that is running, to tell of it.
@@ -27,7 +31,7 @@ class CheckpointSettings:
 
     def validate(self) -> None:
         """Raise ValueError for a value that makes no sense."""
-        for name in (field.name for field in fields(self)):
+        for name in (field.name for field in fields(self) if field.type != "bool"):
             least = 0 if name == "failures_allowed" else None
             value = getattr(self, name)
             if value < 0 if least == 0 else value <= 0:

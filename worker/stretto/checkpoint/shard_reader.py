@@ -23,11 +23,13 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 from xxhash import xxh3_64
 
-from stretto.checkpoint.catalogue import BLOCK_BYTES, check
+from stretto.checkpoint.catalogue import check
 from stretto.checkpoint.errors import Damaged, reason_of
 from stretto.checkpoint.index import Chunk, Index, TensorForm
 from stretto.checkpoint.manifest import FileEntry
 from stretto.checkpoint.store import Store
+
+_BLOCK_BYTES = 1 << 20  # read, and checksummed while a core's own cache still has it
 
 
 class TensorLoader(LoadPlanner):
@@ -174,7 +176,7 @@ class _Stream:
     def read_into(self, target: memoryview) -> None:
         filled = 0
         while filled < len(target):
-            count = self._next(target[filled : filled + BLOCK_BYTES])
+            count = self._next(target[filled : filled + _BLOCK_BYTES])
             if not count:
                 raise Damaged(f"{self._file} ends after {self.position} bytes")
             filled += count
@@ -185,9 +187,9 @@ class _Stream:
             self._source.seek(position)
             self.position = position
             return
-        scratch = memoryview(bytearray(BLOCK_BYTES))
+        scratch = memoryview(bytearray(_BLOCK_BYTES))
         while position is None or self.position < position:
-            room = BLOCK_BYTES if position is None else min(position - self.position, BLOCK_BYTES)
+            room = _BLOCK_BYTES if position is None else min(position - self.position, _BLOCK_BYTES)
             if not self._next(scratch[:room]):
                 break
 

@@ -13,10 +13,12 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 from xxhash import xxh3_64
 
+from stretto.checkpoint.catalogue import check
 from stretto.checkpoint.index import Index, index_name
 from stretto.checkpoint.manifest import FileEntry
 from stretto.checkpoint.pace import Pace
 from stretto.checkpoint.parts import Part, lay_out, size_of
+from stretto.checkpoint.settings import CheckpointSettings
 from stretto.checkpoint.staging import Staged
 from stretto.checkpoint.store import Store
 
@@ -28,8 +30,9 @@ _BLOCK_BYTES = 16 << 20
 class ShardWriter(StorageWriter):
     """Writes what the plan says into one folder of a store; `finish` writes this rank's index, after its data.
 
-    `pace`: kept between blocks; Abandoned is raised where the save is given up. Nothing is gathered from other ranks:
-    whoever commits reads their indices from the store.
+    `read_back`: read what was written, and raise Damaged where it is something else. `pace`: kept between blocks;
+    Abandoned is raised where the save is given up. Nothing is gathered from other ranks: whoever commits reads their
+    indices from the store.
     """
 
     def __init__(
@@ -38,16 +41,17 @@ class ShardWriter(StorageWriter):
         folder: str,
         rank: int,
         *,
-        part_bytes: int,
-        threads: int,
+        settings: CheckpointSettings,
         pace: Pace,
+        read_back: bool,
     ) -> None:
         self._store = store
         self._folder = folder
         self._rank = rank
-        self._part_bytes = part_bytes
-        self._threads = threads
+        self._part_bytes = settings.part_bytes
+        self._threads = settings.write_threads if pace.leisurely else settings.urgent_threads
         self._pace = pace
+        self._read_back = read_back
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Write into another folder from here on."""
@@ -113,4 +117,17 @@ class ShardWriter(StorageWriter):
                     yield block
 
         self._store.write(f"{self._folder}/{part.file}", blocks(), direct=True)
-        return FileEntry(len(file), digest.hexdigest())
+        entry = FileEntry(len(file), digest.hexdigest())
+        if self._read_back:
+            check(part.file, entry, self._found(f"{self._folder}/{part.file}"))
+        return entry
+
+    def _found(self, path: str) -> FileEntry:
+        digest, size_bytes, blocks = xxh3_64(), 0, self._store.blocks(path)
+        while True:
+            with self._pace.kept():
+                block = next(blocks, None)
+                if block is None:
+                    return FileEntry(size_bytes, digest.hexdigest())
+                digest.update(block)
+                size_bytes += len(block)

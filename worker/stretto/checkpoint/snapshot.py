@@ -131,3 +131,20 @@ def differences(module: torch.nn.Module, tree: Any, forms: Mapping[str, TensorFo
         if key in theirs and mine[key] != theirs[key]
     ]
     return lines
+
+
+def group_differences(optimizer: Any, tree: Any, forms: Mapping[str, TensorForm]) -> list[str]:
+    """How a saved optimizer's groups of parameters differ from this one's, a line each."""
+    saved = decode(tree, forms)
+    theirs = saved.get("param_groups") if isinstance(saved, dict) else None
+    if not isinstance(theirs, list) or not all(isinstance(group, dict) for group in theirs):
+        return []  # an optimizer that says it in its own way
+    mine = optimizer.param_groups
+    if len(mine) != len(theirs):
+        return [f"param_groups: {len(mine)} here, {len(theirs)} in the checkpoint"]
+    counts = [(len(group["params"]), len(other.get("params", ()))) for group, other in zip(mine, theirs, strict=True)]
+    return [
+        f"param_groups[{number}]: {here} parameters here, {there} in the checkpoint"
+        for number, (here, there) in enumerate(counts)
+        if here != there
+    ]

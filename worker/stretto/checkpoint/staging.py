@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +18,7 @@ from stretto.checkpoint.index import Index
 from stretto.checkpoint.parts import Part, box_of, dtype_of, size_of
 
 _WORTH_THREADS_BYTES = 16 << 20
+_TOUCHED_BYTES = 16 << 20  # at once, so that a process may end meanwhile
 
 
 class Staging:
@@ -24,12 +27,28 @@ class Staging:
     def __init__(self, threads: int) -> None:
         self._threads = threads
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._preparing: threading.Thread | None = None
+
+    def prepare(self, plan: SavePlan, planner: SavePlanner) -> None:
+        """Have memory for such a plan, in the background: new memory costs many times what a copy does."""
+        self._await_memory()
+        size_bytes = plan.storage_data[-1].end if plan.storage_data else 0
+        pinned = any(_on_cuda(planner.resolve_data(item)) for item in plan.items)
+
+        def touch() -> None:
+            if self._reserve(size_bytes, pinned=pinned) and not pinned:
+                for begin in range(0, size_bytes, _TOUCHED_BYTES):
+                    self._buffer[begin : begin + _TOUCHED_BYTES].zero_()
+
+        self._preparing = threading.Thread(target=touch, name="stretto-memory", daemon=True)
+        self._preparing.start()
 
     def copy(self, plan: SavePlan, planner: SavePlanner, index: Index) -> Staged:
         """Take what the planner has, laid out as the plan's files; accelerators are waited for once.
 
         index: what belongs into this rank's index beside the files.
         """
+        self._await_memory()
         parts: Sequence[Part] = plan.storage_data
         placed = [
             (item, part.begin + len(part.header) + start)
@@ -37,7 +56,7 @@ class Staging:
             for item, start in zip(part.items, part.starts, strict=True)
         ]
         sources = [planner.resolve_data(item) for item, _ in placed]
-        pinned = any(isinstance(source, Tensor) and source.is_cuda for source in sources)
+        pinned = any(map(_on_cuda, sources))
         self._reserve(parts[-1].end if parts else 0, pinned=pinned)
         for part in parts:
             header = torch.frombuffer(bytearray(part.header), dtype=torch.uint8)
@@ -60,16 +79,31 @@ class Staging:
         with ThreadPoolExecutor(self._threads, "stretto-copy") as pool:
             list(pool.map(_copy_all, [ordered[number :: self._threads] for number in range(self._threads)]))
 
-    def _reserve(self, size_bytes: int, *, pinned: bool) -> None:
-        if self._buffer.numel() < size_bytes or (pinned and not self._buffer.is_pinned()):
-            self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one goes first
-            self._buffer = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True) if pinned else _pages(size_bytes)
+    def _await_memory(self) -> None:
+        if self._preparing is not None:
+            self._preparing.join()
+            self._preparing = None
+
+    def _reserve(self, size_bytes: int, *, pinned: bool) -> bool:
+        """Whether the memory is new."""
+        if self._buffer.numel() >= size_bytes and (self._buffer.is_pinned() or not pinned):
+            return False
+        self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one goes first
+        self._buffer = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True) if pinned else _pages(size_bytes)
+        return True
 
 
 def _pages(size_bytes: int) -> Tensor:
-    """Memory that begins at a page's beginning, and that a child process gets a copy of."""
+    """Memory that begins at a page's beginning, and that a child process gets a copy of; in huge pages if possible."""
     area = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            area.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(area, dtype=torch.uint8)
+
+
+def _on_cuda(source: object) -> bool:
+    return isinstance(source, Tensor) and source.is_cuda
 
 
 def _copy_all(pairs: list[tuple[Tensor, Any]]) -> None:

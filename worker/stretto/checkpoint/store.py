@@ -11,11 +11,11 @@ from typing import Any, BinaryIO
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from stretto.checkpoint.direct import DirectFile, append, is_cached
+from stretto.checkpoint.direct import append, blocks
 
 _PARTIAL = ".partial"
 _UPLOAD_BYTES = 8 << 20  # of one part of an upload
-_LARGE_BYTES = 1 << 20
+_BLOCK_BYTES = 4 << 20  # read at once from what is no local file
 # Object stores have no folders; to make one there would be to make a bucket, perhaps of a name with a typing error.
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci"})
 
@@ -59,6 +59,10 @@ class Store:
                     return dict(_sizes(entries))
             except FileNotFoundError:
                 return {}
+            except NotADirectoryError:
+                if folder:  # a file of that name is no folder
+                    return {}
+                raise
         self._fs.invalidate_cache()
         try:
             with _said_as_oserror():
@@ -71,13 +75,17 @@ class Store:
 
     def make(self, folder: str) -> None:
         """Have the folder exist, durably where that means something."""
-        if not self._objects:
-            self._fs.makedirs(self.at(folder) if folder else self._root, exist_ok=True)
-        if self.local:
-            if not self._made:
-                _sync(Path(self._root).parent)
-                self._made = True
-            _sync(Path(self._root))
+        if not self.local:
+            if not self._objects:
+                self._fs.makedirs(self.at(folder) if folder else self._root, exist_ok=True)
+            return
+        root = Path(self._root)
+        new = [] if self._made else [root, *(place for place in root.parents if not place.exists())]
+        self._fs.makedirs(self.at(folder) if folder else self._root, exist_ok=True)
+        for place in reversed(new):
+            _sync(place.parent)
+        self._made = True
+        _sync(root)
 
     def write(self, path: str, chunks: Iterable[Bytes], *, direct: bool = False) -> None:
         """Write a file; it is there, whole, when this returns.
@@ -127,15 +135,26 @@ class Store:
 
     @contextlib.contextmanager
     def open(self, path: str) -> Iterator[BinaryIO]:
-        """A file to read from; a large local one past the page cache, unless it is there already."""
+        """A file to read from."""
         if self.local:
             with open(self.at(path), "rb", buffering=0) as local:
-                large = os.fstat(local.fileno()).st_size >= _LARGE_BYTES
-                yield DirectFile(local) if large and not is_cached(local.fileno()) else local
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(local.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                yield local
             return
         self._fs.invalidate_cache()
         with _said_as_oserror(), self._fs.open(self.at(path), "rb") as file:
             yield file
+
+    def blocks(self, path: str) -> Iterator[memoryview]:
+        """A file's bytes as the disk has them; a block counts until the next is asked for."""
+        with self.open(path) as file:
+            if self.local:
+                yield from blocks(file.fileno())
+                return
+            buffer = memoryview(bytearray(_BLOCK_BYTES))
+            while count := file.readinto(buffer):  # type: ignore[attr-defined]  # every binary file has it
+                yield buffer[:count]
 
     def remove(self, path: str) -> None:
         """Delete a file, if it is there."""

@@ -244,6 +244,11 @@ class LiveSession:
         """Have a checkpoint written at the next step that all ranks agree on."""
         self._wants_save = True
 
+    @property
+    def wants_save(self) -> bool:
+        """`save_soon` was called, and the ranks have not agreed on it yet."""
+        return self._wants_save
+
     def take_save_wish(self) -> bool:
         """Whether a checkpoint was asked for, here or by the controller, since the last time."""
         wish = self._wants_save or self.state.save_asked
