@@ -97,8 +97,7 @@ class ElasticTrainer:
         self._batch_size, self._global_batch_size, self._target_tau = batch_size, global_batch_size, float(target_tau)
         self._chronicle = Chronicle(self._target_tau)
         self._position = Position(seed=self._settings.seed, base_batch_size=base_batch_size)
-        self._skipped = 0
-        self._iterated = self._save_wanted = self._over = False
+        self._skipped, self._iterated, self._save_wanted, self._over = 0, False, False, False
         self._record = SampleRecord(self._settings.sample_log, self._position, self._sampler)
         self._feed: Feed | None = None
         self._saver = Saver(
