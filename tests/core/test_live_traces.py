@@ -76,7 +76,6 @@ def live_a_hung_worker_is_killed_by_its_agent() -> Story:
     s.hangs("n1/0")
     s.passes(3.5)
     s.asks("n0/0", "n2/0", step=10, failed=True)
-    s.passes(3)
     return s
 
 

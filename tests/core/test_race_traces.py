@@ -186,32 +186,12 @@ def live_who_hangs_is_kept_out_until_its_agent_has_ended_it() -> Story:
     s.hangs("n1/0")
     s.passes(3)
     s.asks("n0/0", step=10, failed=True)
-    s.passes(3)
     s.worker_comes("n1", version=Version(1, 10))
     s.loses_its_stream("n1")
     s.hello("n1")
     s.ready("n1")
     s.hung.clear()
     s.worker_comes("n1")
-    return s
-
-
-@STORIES.tell
-def live_who_was_cut_off_for_a_moment_is_not_ended() -> Story:
-    """With its agent: the order would wait in the network, and end workers that are well."""
-    s = _two_at_step_10()
-    s.hangs("n1/0")
-    agent = s.agents["n1"]
-    s.freezes("n1")
-    s.passes(0.5)
-    s.asks("n0/0", step=10, failed=True)
-    s.passes(2)
-    s.hung.clear()
-    s.agents["n1"] = agent
-    s.tell(ev.NodeHeartbeat("n1", agent.session_id), "n1 is heard again")
-    s.passes(2)
-    s.asks("n1/0", step=10, failed=True)
-    s.passes(1)
     return s
 
 

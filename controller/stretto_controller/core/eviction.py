@@ -34,7 +34,7 @@ def lose_the_silent(draft: Draft) -> None:
                 draft.dismiss(node.node_id, success=True, reason="the others have reached the target")
             draft.change(node.node_id, succeeded=True, state=NodeState.LOST)
         elif draft.record.in_process and liveness.is_heard(draft, node.node_id):
-            _end_or_leave(draft, node)
+            _end_workers(draft, node, f"workers of {node.node_id} are lost: they did not answer")
         else:
             if draft.record.in_process and node.state is NodeState.DRAINING and not draft.connected(node.node_id):
                 membership.go(draft, node, f"{node.node_id} drained", kind="node_drained")
@@ -59,9 +59,6 @@ def end_the_hung(draft: Draft) -> None:
             reason = f"{_named(worker)} hangs: it was told that its generation is over, and has not left it"
             _end(draft, draft.record.nodes[worker.node_id], reason)
     for node in draft.present():
-        if liveness.mute_idle_s(draft.record, draft.live, node, draft.limits) <= draft.now_s:
-            _end_workers(draft, node, f"workers of {node.node_id} are lost: they did not answer")
-    for node in draft.present():
         if liveness.idle_lost_at_s(draft.record, draft.live, node, draft.limits) <= draft.now_s:
             _end_workers(draft, node, f"workers of {node.node_id} hang: they wait for their places, and say nothing")
     ended_s = pace.unended_s(JobState(draft.record, draft.live), draft.limits)
@@ -69,19 +66,6 @@ def end_the_hung(draft: Draft) -> None:
         for node in draft.members():
             if not node.succeeded and readiness.is_running(draft, node):
                 _end(draft, node, f"workers of {node.node_id} hang: the target is reached, and they do not end")
-
-
-def _end_or_leave(draft: Draft, node: Node) -> None:
-    """Workers did not answer, and their agent was heard not long ago: they hang, or the network is down for all."""
-    if node.state is NodeState.DRAINING or liveness.mute_s(draft.live, node, draft.limits) <= draft.now_s:
-        _end_workers(draft, node, f"workers of {node.node_id} are lost: they did not answer")
-        return
-    reason = f"{node.node_id} is late: its workers do not answer, and the others go on without it"
-    draft.log("node_late", reason, node_id=node.node_id)
-    for worker in readiness.workers_of(draft, node.node_id):
-        if worker.generation and worker.ready is None and worker.cut_s is None:
-            readiness.cut(draft, worker, reason)
-    membership.part(draft, node)
 
 
 def _end(draft: Draft, node: Node, reason: str) -> None:

@@ -71,27 +71,6 @@ def idle_lost_at_s(record: Record, live: Live, node: Node, limits: Limits) -> fl
     return min(since_s, default=math.inf) + limits.hang_limit_s
 
 
-def mute_s(live: Live, node: Node, limits: Limits) -> float:
-    """When the silence of a node's workers is known to be their own, and not the network's; inf until then.
-
-    Their agent has been heard for twice the limit of silence since. It was never silent for that limit itself, or it
-    would be lost: so no outage was longer, and what TCP held back in one comes within as long again. An order to end
-    them is then not held back either, to arrive when they are well.
-    """
-    agent = live.sessions.get(node.node_id)
-    if agent is None or agent.closed_s is not None:
-        return math.inf
-    known_s = _worker_signs(live, node).heard_s + 2 * _silence_limit_s(limits)
-    return known_s if agent.heard_s >= known_s else math.inf
-
-
-def mute_idle_s(record: Record, live: Live, node: Node, limits: Limits) -> float:
-    """The same for workers that are left behind, and have not said yet that they know."""
-    waits = node.state in (NodeState.JOINING, NodeState.SPARE) and not node.ending
-    away = any(worker.generation and worker.ready is None for worker in live.workers.crew(node.node_id).workers)
-    return mute_s(live, node, limits) if record.in_process and waits and away else math.inf
-
-
 def _silent_s(record: Record, live: Live, node: Node, signs: _Signs, limits: Limits) -> float:
     """While nothing is known to be broken."""
     since_s, limit_s = signs.heard_s, _silence_limit_s(limits)
@@ -155,7 +134,6 @@ def next_loss_s(state: JobState, limits: Limits) -> float | None:
     record, live = state.record, state.live
     dues = [lost_at_s(record, live, node, limits) for node in record.nodes.values()]
     dues += [idle_lost_at_s(record, live, node, limits) for node in record.nodes.values()]
-    dues += [mute_idle_s(record, live, node, limits) for node in record.nodes.values()]
     return min((due for due in dues if due is not None and due < math.inf), default=None)
 
 
