@@ -66,7 +66,7 @@ class History:
     def target_reached(self, action: ReachTarget) -> list[GenerationSummary]:
         """The generation, which may be over by now, did all steps that were left: who told of them last may be gone."""
         row = self._rows[action.generation]
-        return self._put(replace(row, steps=action.steps - row.steps_before, last_tau=action.tau))
+        return self._put(replace(row, steps=max(row.steps, action.steps - row.steps_before), last_tau=action.tau))
 
     def _settle(self, row: GenerationSummary, steps: int, tau: float) -> list[GenerationSummary]:
         """The generation began after so many steps: those before are the earlier ones'. That row is the last."""

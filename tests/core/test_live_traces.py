@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from core import golden
 from core.story import Story
+from stretto_controller.core import actions as ac
 from stretto_controller.core import events as ev
 from stretto_controller.core.model import JobSpec, Mode, Version
 
@@ -263,3 +264,9 @@ def live_the_controller_is_killed_before_an_assignment_is_sent() -> Story:
 @pytest.mark.parametrize("name", STORIES.names)
 def test_story_is_told_as_before(name: str) -> None:
     STORIES.check(name)
+
+
+def test_the_end_is_noted_in_the_workers_own_generation_whatever_its_message_says() -> None:
+    s = _three_at_step_10()
+    (reached, *_) = s.tell(ev.WorkerFinished("n0/0", 999, 12, 3.0), "n0/0 has finished, in a generation that never was")
+    assert reached == ac.ReachTarget(1, 12, 3.0)

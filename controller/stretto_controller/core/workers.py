@@ -301,12 +301,13 @@ def left(draft: Draft, event: ev.WorkerLeft) -> None:
 
 
 def finished(draft: Draft, event: ev.WorkerFinished) -> None:
-    if _current(draft, event.session_id) is None:
+    found = _current(draft, event.session_id)
+    if found is None:
         return
     progress = draft.live.progress
     if draft.record.phase is not Phase.RUNNING or progress is None or progress.step < event.step:
         # Rank 0, which has told of less, may be gone; or an agent has told of the end before any worker.
-        draft.act(ReachTarget(event.generation, event.step, event.tau))
+        draft.act(ReachTarget(found[1].number, event.step, event.tau))
     if draft.record.target_reached:
         return
     draft.update(target_reached=True)
